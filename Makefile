@@ -1,0 +1,39 @@
+.PHONY: help demo test check format clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+help:
+	@echo "make demo    generate the demo dataset with two processes, in out/demo"
+	@echo "make test    run the tests"
+	@echo "make check   formatting, lint, types, tests"
+
+demo: .venv/run.stamp
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml batch_generate.py --device cpu --output_dir out/demo
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest
+
+check: .venv/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: .venv/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv out
+
+# Two stamps: the demo needs none of the development tools.
+.venv/run.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@ .venv/run.stamp
