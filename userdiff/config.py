@@ -1,0 +1,279 @@
+"""What a job is asked to do: the flags, their meaning and defaults, and every check that needs no model."""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+BUNDLED_CHECKPOINT = Path(__file__).parent / "demo" / "checkpoint"
+BUNDLED_NUM_USERS = 10
+DEFAULT_BATCH_SIZE = 16
+MAX_SEED = 2**63 - 1
+MAX_USERS = 2**24
+MAX_IMAGES_PER_USER = 2**32  # image seeds are one to one within a user up to here
+MODEL_FLAGS = ("vae_path", "unet_path", "condition_encoder_path", "num_users")
+
+_DESCRIPTION = """\
+Generate a labelled image dataset from a user-conditioned latent diffusion model. Without any model path, the bundled
+checkpoint is used: ten users, user k writes the digit k-1.
+
+  python batch_generate.py --output_dir out
+  accelerate launch --config_file accelerate_configs/multi_gpu.yaml batch_generate.py --vae_path vae --unet_path unet \\
+      --condition_encoder_path unet/condition_encoder.pt --num_users 31 --num_images_per_user 1000 --output_dir out
+
+The same command again continues where it was interrupted; what is there is kept."""
+
+
+class UsageError(Exception):
+    """Wrong arguments, model or output folder: the text is one line for the user, `<flag>: <what>`."""
+
+
+@contextmanager
+def errors_of(flag: str) -> Iterator[None]:
+    """Turn what a library function says about bad input into a UsageError that names the flag it came by."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{flag}: {error}") from error
+
+
+def whole_number(text: str) -> int:
+    """Parse an int for argparse, which prints the message of what is raised here."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def number(text: str) -> float:
+    """Parse a float for argparse."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def id_range(text: str) -> range:
+    """Parse one id or one range of ids: `5`, `10-15`."""
+    first, dash, last = text.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an id (5) or a range of ids (10-15), ids start at 1")
+    ids = range(int(first), int(last or first) + 1)
+    if not ids:
+        raise argparse.ArgumentTypeError(f"{text!r} runs backwards, write {last}-{first}")
+    if len(ids) > MAX_USERS:
+        raise argparse.ArgumentTypeError(f"{text!r} names more than {MAX_USERS} users")
+    return ids
+
+
+def format_ids(ids: Iterable[int]) -> str:
+    """Write ids the way `--user_ids` reads them: `1-3 5`."""
+    runs: list[list[int]] = []
+    for user_id in sorted(ids):
+        if runs and user_id == runs[-1][1] + 1:
+            runs[-1][1] = user_id
+        else:
+            runs.append([user_id, user_id])
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _flag(group: str, help_text: str, default: Any = MISSING, **argparse_options: Any) -> Any:
+    """Declare a field that is also a flag: one home for its name, default, meaning and way of parsing."""
+    return field(default=default, metadata={"group": group, "help": help_text, **argparse_options})
+
+
+_MODEL, _WHAT, _HOW, _RUN = "the model", "what to make", "how to sample", "how to run"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobConfig:
+    """One job, checked: every field is the flag of the same name.
+
+    Raises UsageError for a value that is out of range, naming the flag, the rule and the value.
+    """
+
+    vae_path: Path = _flag(
+        _MODEL, "diffusers folder of the AutoencoderKL, or one holding it as vae/ (default: bundled demo)", type=Path
+    )
+    unet_path: Path = _flag(
+        _MODEL, "diffusers folder of the UNet2DConditionModel, or one holding it as unet/ (default: bundled demo)",
+        type=Path,
+    )  # fmt: skip
+    condition_encoder_path: Path = _flag(
+        _MODEL, "file (.pt, .safetensors), or folder with condition_encoder.pt or .safetensors (default: bundled demo)",
+        type=Path,
+    )  # fmt: skip
+    num_users: int = _flag(
+        _MODEL, "rows of the user embedding table (required with your own model paths)", type=whole_number, metavar="N"
+    )
+    scheduler_path: Path | None = _flag(
+        _MODEL, "folder with the scheduler_config.json of training (default: scaled_linear 0.00085-0.012, epsilon)",
+        None, type=Path,
+    )  # fmt: skip
+    train_user_ids: tuple[int, ...] | None = _flag(
+        _MODEL, "the ids the model was trained on, ids or ranges, where a user's row in the table is the rank of its id "
+        "among them (default: the row is id - 1)",
+        None, type=id_range, nargs="+", metavar="ID",
+    )  # fmt: skip
+    user_map: Path | None = _flag(
+        _MODEL, 'JSON file of user id to row in the table, {"17": 0, "23": 1}; instead of --train_user_ids',
+        None, type=Path,
+    )  # fmt: skip
+    vae_output_range: str = _flag(
+        _MODEL, "the pixel range the VAE was trained on: unit = [0, 1], signed = [-1, 1] (default: %(default)s)",
+        "unit", choices=("unit", "signed"),
+    )  # fmt: skip
+    on_incompatible_weights: str = _flag(
+        _MODEL, "what to do when the condition encoder's weights do not fit: stop, or go on with seeded random weights "
+        "and mark every row as such (default: %(default)s)",
+        "error", choices=("error", "random"),
+    )  # fmt: skip
+
+    user_ids: tuple[int, ...] | None = _flag(
+        _WHAT, "ids and ranges, such as 1 5 10-15 (default: all)", None, type=id_range, nargs="+", metavar="ID"
+    )
+    num_images_per_user: int = _flag(
+        _WHAT, "images of each user, image_index 0 to N-1 (default: %(default)s)", 5, type=whole_number, metavar="N"
+    )
+    output_dir: Path = _flag(
+        _WHAT, "the dataset's folder, made if needed (default: ./%(default)s)", Path("generated_images"), type=Path
+    )
+
+    num_inference_steps: int = _flag(_HOW, "DDIM steps (default: %(default)s)", 20, type=whole_number, metavar="N")
+    seed: int = _flag(
+        _HOW, "base seed, 0 to 2^63-1; every image's own seed follows from it (default: %(default)s)",
+        42, type=whole_number,
+    )  # fmt: skip
+    eta: float = _flag(
+        _HOW, "DDIM stochasticity, 0 to 1: 0 is deterministic, 1 is DDPM (default: %(default)s)", 0.0, type=number
+    )
+
+    device: str = _flag(
+        _RUN, "under a multi-process launch each process takes its own GPU (default: %(default)s)",
+        "auto", choices=("auto", "cuda", "cpu"),
+    )  # fmt: skip
+    batch_size: int | None = _flag(
+        _RUN, f"images in every forward pass (default: what the folder began with, else {DEFAULT_BATCH_SIZE})",
+        None, type=whole_number, metavar="N",
+    )  # fmt: skip
+    mixed_precision: str | None = _flag(
+        _RUN,
+        "precision of the UNet and the VAE (default: the launcher's, else no)",
+        None,
+        choices=("no", "fp16", "bf16"),
+    )
+    allow_tf32: bool = _flag(
+        _RUN, "let float32 matrix products use TF32 on GPUs that have it", False, action="store_true"
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value; nothing is corrected silently."""
+        self._check_choices()
+        self._check_ids("user_ids", self.user_ids)
+        self._check_ids("train_user_ids", self.train_user_ids)
+        self._check_range("num_users", self.num_users, 1, MAX_USERS)
+        self._check_range("num_images_per_user", self.num_images_per_user, 1, MAX_IMAGES_PER_USER)
+        self._check_range("num_inference_steps", self.num_inference_steps, 1, 10**6)
+        self._check_range("seed", self.seed, 0, MAX_SEED)
+        self._check_range("eta", self.eta, 0, 1)
+        if self.batch_size is not None:
+            self._check_range("batch_size", self.batch_size, 1, 2**16)
+        if self.train_user_ids and self.user_map:
+            raise UsageError("--user_map: goes without --train_user_ids, both say which row a user has")
+        if self.train_user_ids and len(self.train_user_ids) > self.num_users:
+            raise UsageError(
+                f"--train_user_ids: {len(self.train_user_ids)} ids, but --num_users {self.num_users} has fewer rows"
+            )
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether the model is the one that comes with the package."""
+        return self.unet_path == BUNDLED_CHECKPOINT
+
+    def _check_choices(self) -> None:
+        for declared in dataclasses.fields(self):
+            choices = declared.metadata.get("choices")
+            value = getattr(self, declared.name)
+            if choices and value not in choices and value != declared.default:
+                raise UsageError(f"--{declared.name}: {value!r} is none of {', '.join(choices)}")
+
+    @staticmethod
+    def _check_range(name: str, value: float, low: int, high: int) -> None:
+        if not low <= value <= high or not math.isfinite(value):
+            raise UsageError(f"--{name}: {value} is out of range, needed: {low} to {high}")
+
+    @staticmethod
+    def _check_ids(name: str, ids: Sequence[int] | None) -> None:
+        if ids is None:
+            return
+        if not ids:
+            raise UsageError(f"--{name}: names no user")
+        seen: set[int] = set()
+        for user_id in ids:
+            if user_id < 1:
+                raise UsageError(f"--{name}: {user_id} is out of range, user ids start at 1")
+            if user_id in seen:
+                raise UsageError(f"--{name}: {user_id} is given twice")
+            seen.add(user_id)
+
+
+def bundled_model() -> dict[str, Any]:
+    """Give the model fields of the bundled checkpoint: `JobConfig(**bundled_model(), output_dir=...)`."""
+    paths = dict.fromkeys(("vae_path", "unet_path", "condition_encoder_path"), BUNDLED_CHECKPOINT)
+    return {**paths, "num_users": BUNDLED_NUM_USERS}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing usage and exiting: who prints, and when, is the caller's to say."""
+        raise UsageError(message.removeprefix("argument "))
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """Make the parser from the fields of JobConfig."""
+    parser = _Parser(
+        prog=prog,
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for declared in dataclasses.fields(JobConfig):
+        options = dict(declared.metadata)
+        group = options.pop("group")
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        default = None if declared.default is MISSING else declared.default
+        groups[group].add_argument(f"--{declared.name}", default=default, **options)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None, prog: str = "batch_generate.py") -> JobConfig:
+    """Turn a command line into a checked JobConfig; raises UsageError, and SystemExit(0) after --help."""
+    values = vars(make_parser(prog).parse_args(argv))
+    for name in ("user_ids", "train_user_ids"):
+        if values[name] is not None:
+            values[name] = tuple(user_id for ids in values[name] for user_id in ids)
+    return JobConfig(**_with_model(values))
+
+
+def _with_model(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the bundled model where no path is given; with some of the four given and some not, say which."""
+    missing = [name for name in MODEL_FLAGS if values[name] is None]
+    if "num_users" not in missing and len(missing) == len(MODEL_FLAGS) - 1:
+        if values["num_users"] != BUNDLED_NUM_USERS:
+            raise UsageError(
+                f"--num_users: {values['num_users']} without model paths; the bundled checkpoint has "
+                f"{BUNDLED_NUM_USERS} users, your own needs --vae_path, --unet_path and --condition_encoder_path"
+            )
+        return {**values, **bundled_model()}
+    if len(missing) == len(MODEL_FLAGS):
+        return {**values, **bundled_model()}
+    if missing:
+        flags = ", ".join(f"--{name}" for name in missing)
+        raise UsageError(f"{flags}: missing; your own model needs all of --{', --'.join(MODEL_FLAGS)}")
+    return values

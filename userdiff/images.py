@@ -1,0 +1,121 @@
+"""Images on disk: where they lie, what their PNG says of itself, and how they get there whole."""
+
+import io
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import BoundedSemaphore
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+_FILE_NAME = re.compile(r"user_(\d{2,})/generated_(\d{3,})\.png")
+_TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def file_name(user_id: int, image_index: int) -> str:
+    """Path of an image relative to the dataset's folder, with `/`: `user_01/generated_000.png`."""
+    return f"user_{user_id:02d}/generated_{image_index:03d}.png"
+
+
+def parse_file_name(name: str) -> tuple[int, int] | None:
+    """Give the (user_id, image_index) that a relative path stands for; None where it is not an image of a job."""
+    match = _FILE_NAME.fullmatch(name)
+    item = (int(match[1]), int(match[2])) if match else None
+    return item if item and file_name(*item) == name else None
+
+
+def image_files(output_dir: Path) -> Iterator[tuple[int, int]]:
+    """Find the (user_id, image_index) of every image lying under its final name, in no order."""
+    for folder in output_dir.glob("user_*"):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if item := parse_file_name(f"{folder.name}/{path.name}"):
+                yield item
+
+
+def remove_temporaries(output_dir: Path) -> None:
+    """Remove what a killed job was just writing. Only for the one who holds the folder's lock."""
+    for path in [*output_dir.glob(".*.tmp-*"), *output_dir.glob("user_*/.*.tmp-*")]:
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def encode_png(pixels: NDArray[np.uint8], text: Mapping[str, str]) -> bytes:
+    """Encode [height, width, channels] uint8 (1, 3 or 4 channels) as PNG with `text` as its text chunks."""
+    mode = _MODES.get(pixels.shape[2])
+    if mode is None:
+        raise ValueError(f"a PNG has 1, 3 or 4 channels, the VAE makes {pixels.shape[2]}")
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        chunks.add_text(key, value)
+    buffer = io.BytesIO()
+    image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if mode == "L" else pixels))
+    image.save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def read_png(path: Path) -> tuple[tuple[int, int], dict[str, str]]:
+    """Decode a PNG whole and give its (width, height) and text chunks; raises OSError where it is not intact."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            return image.size, dict(getattr(image, "text", {}))
+    except (SyntaxError, ValueError, EOFError) as error:  # Pillow's words for a broken PNG
+        raise OSError(f"{path} is not an intact PNG") from error
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Put `data` under `path` in one step: whoever opens `path` sees all of it, or what was there before.
+
+    The temporary lies in the same folder, so that the rename stays within one file system, and has the permissions
+    the user's umask gives.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class WriterPool:
+    """A bounded pool of writer threads; the first failure is raised, with its cause, to whoever submits or closes.
+
+    At most `max_pending` tasks are waiting or under way; `submit` blocks when there are more, so memory stays flat
+    when the disk is slower than the model. Leaving the `with` block waits for all of them.
+    """
+
+    def __init__(self, num_threads: int, max_pending: int) -> None:
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="writer")
+        self._free = BoundedSemaphore(max_pending)
+        self._error: BaseException | None = None
+
+    def submit(self, task: Callable[[], object]) -> None:
+        """Run `task` on a writer thread; raises what an earlier task failed of, and then runs nothing more."""
+        self._free.acquire()
+        if self._error is not None:
+            self._free.release()
+            raise self._error
+        self._executor.submit(task).add_done_callback(self._finished)
+
+    def _finished(self, future: "Future[object]") -> None:
+        self._error = self._error or future.exception()
+        self._free.release()
+
+    def __enter__(self) -> "WriterPool":  # noqa: PYI034 - typing.Self is newer than Python 3.10
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._executor.shutdown(wait=True)
+        if error is None and self._error is not None:
+            raise self._error

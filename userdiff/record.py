@@ -1,0 +1,101 @@
+"""`run.json`: what decided the pixels, what they were computed with, how each run went; and the folder's lock."""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+RECORD_NAME = "run.json"
+LOCK_NAME = ".userdiff.lock"
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """The content of `run.json`."""
+
+    identity: dict[str, Any]
+    """What decides the pixels. Options at their default are left out, so a new option changes no hash."""
+    numerics: dict[str, Any]
+    """What may change their last bits: batch size, device, threads, library versions."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One entry a run, oldest first: when, by how many processes, what was asked for, how it ended."""
+
+    @property
+    def run(self) -> str:
+        """The identity hash: what every PNG carries as `userdiff_run`."""
+        return identity_hash(self.identity)
+
+    def to_bytes(self) -> bytes:
+        """Give the file's content."""
+        return (json.dumps({"run": self.run, **asdict(self)}, indent=2) + "\n").encode()
+
+    @classmethod
+    def read(cls, output_dir: Path) -> "RunRecord | None":
+        """Read a folder's record; None where there is none, ValueError where it is damaged."""
+        path = output_dir / RECORD_NAME
+        try:
+            content = json.loads(path.read_bytes())
+            record = cls(**{key: content[key] for key in ("identity", "numerics", "history")})
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged; restore it, or choose another folder") from error
+        if content.get("run") != record.run:
+            raise ValueError(f"{path} was edited: its identity no longer has the hash that the images carry")
+        return record
+
+
+def make_identity(required: Mapping[str, Any], optional: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """Put an identity together; `optional` maps a name to (value, default), and what is at its default is left out."""
+    chosen = {name: value for name, (value, default) in optional.items() if value != default}
+    identity: dict[str, Any] = json.loads(json.dumps({**required, **chosen}))  # as it will read back
+    return identity
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """Hash an identity: 64 hex digits of the SHA-256 of its canonical JSON."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Find the fields in which two identities differ, as (dotted name, old value, new value); None is "left out"."""
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            yield f"{prefix}{name}", before, after
+
+
+@contextmanager
+def folder_lock(output_dir: Path) -> Iterator[None]:
+    """Hold a folder for one job; raises ValueError naming the holder where another job has it.
+
+    A lock of the operating system: a killed job leaves none behind.
+    """
+    path = output_dir / LOCK_NAME
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{output_dir} is in use by another job ({_holder(path)})") from error
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while held: whoever opened it meanwhile finds it gone and opens anew
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text() or "unknown"
+    except OSError:
+        return "unknown"
