@@ -1,0 +1,120 @@
+"""A job's models as its flags name them: loaded, checked against each other, on their device, and identified."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+from userdiff import models
+from userdiff.conditioning import (
+    IncompatibleWeightsError,
+    UserConditionEncoder,
+    load_condition_encoder,
+    random_condition_encoder,
+    user_index_map,
+)
+from userdiff.config import JobConfig, UsageError, errors_of, format_ids
+from userdiff.record import identity_hash, make_identity
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobModel:
+    """The models of a job, on their device and in their precision, and what of them decides the pixels."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    condition_encoder: UserConditionEncoder
+    scheduler: DDIMScheduler
+    user_index: dict[int, int]
+    """User id -> row of the embedding."""
+    conditioning: str
+    """`trained` or `random`."""
+    device: torch.device
+    identity: dict[str, Any]
+    """What decides the pixels, for `run.json`."""
+
+    @property
+    def run(self) -> str:
+        """The identity hash."""
+        return identity_hash(self.identity)
+
+
+def load_model(config: JobConfig, device: torch.device, precision: str) -> JobModel:
+    """Load and check everything the pixels come from; raises UsageError naming the flag of what is wrong."""
+    user_index = _user_index(config)
+    _check_precision(precision, device)
+    with errors_of("--scheduler_path"):
+        scheduler = models.ddim_scheduler(models.load_noise_scheduler(config.scheduler_path))
+    with errors_of("--num_inference_steps"):
+        scheduler.set_timesteps(config.num_inference_steps)
+    with errors_of("--vae_path"):
+        vae = models.load_vae(config.vae_path)
+    with errors_of("--unet_path"):
+        unet = models.load_unet(config.unet_path)
+        models.check_agreement(vae, unet)
+    encoder, trained = _load_condition_encoder(config, unet.config.cross_attention_dim)
+    identity = make_identity(
+        {
+            "vae": {"weights": models.content_hash(vae.state_dict()), "config": models.config_values(vae)},
+            "unet": {"weights": models.content_hash(unet.state_dict()), "config": models.config_values(unet)},
+            "condition_encoder": models.content_hash(encoder.state_dict()),
+            "noise_schedule": models.config_values(scheduler),
+            "user_index": user_index,
+            "seed": config.seed,
+            "num_inference_steps": config.num_inference_steps,
+        },
+        {
+            "eta": (config.eta, 0.0),
+            "mixed_precision": (precision, "no"),
+            "vae_output_range": (config.vae_output_range, "unit"),
+            "conditioning": (trained, "trained"),
+        },
+    )
+    vae_precision = "no" if precision == "fp16" and vae.config.force_upcast else precision
+    return JobModel(
+        unet=_place(unet, device, precision),
+        vae=_place(vae, device, vae_precision),
+        condition_encoder=encoder.to(device),
+        scheduler=scheduler,
+        user_index=user_index,
+        conditioning=trained,
+        device=device,
+        identity=identity,
+    )
+
+
+def _place(module: torch.nn.Module, device: torch.device, precision: str) -> Any:
+    # torch's own `to`: the one diffusers puts over it warns of modules to keep in float32 even where there are none
+    return torch.nn.Module.to(module, device, DTYPES[precision])
+
+
+def _user_index(config: JobConfig) -> dict[int, int]:
+    with errors_of("--user_map"):
+        user_index = user_index_map(config.num_users, config.train_user_ids, config.user_map)
+    unknown = [user_id for user_id in config.user_ids or () if user_id not in user_index]
+    if unknown:
+        raise UsageError(
+            f"--user_ids: {format_ids(unknown)} is out of range, this checkpoint has users {format_ids(user_index)}"
+        )
+    return user_index
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    if precision not in DTYPES:
+        raise UsageError(f"--mixed_precision: {precision!r}, asked for by the launcher, is none of {', '.join(DTYPES)}")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UsageError(f"--mixed_precision: {torch.cuda.get_device_name(device)} has no bf16, use fp16")
+
+
+def _load_condition_encoder(config: JobConfig, embed_dim: int) -> tuple[UserConditionEncoder, str]:
+    with errors_of("--condition_encoder_path"):
+        try:
+            encoder = load_condition_encoder(config.condition_encoder_path, config.num_users, embed_dim)
+            return encoder, "trained"
+        except IncompatibleWeightsError:
+            if config.on_incompatible_weights == "error":
+                raise
+            return random_condition_encoder(config.num_users, embed_dim, config.seed), "random"

@@ -1,0 +1,98 @@
+"""The one sampling loop: noise, denoising and decoding as functions of tensors.
+
+The batch job and training-time sampling both call these; nothing here knows of files, processes or flags.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Generator, Tensor
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+
+def item_generators(seeds: Sequence[int]) -> list[Generator]:
+    """Make one CPU generator per image. CPU, because what a CUDA generator draws depends on the GPU model."""
+    return [Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def initial_latents(generators: Sequence[Generator], shape: Sequence[int]) -> Tensor:
+    """Draw each image's starting noise from its own generator: [batch, *shape] float32 on the CPU, N(0, 1)."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
+
+
+def latents_shape(unet: "UNet2DConditionModel") -> tuple[int, int, int]:
+    """Shape of one image's latents: (in_channels, height, width)."""
+    size: Any = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return unet.config.in_channels, height, width
+
+
+@torch.no_grad()
+def denoise(
+    unet: "UNet2DConditionModel",
+    scheduler: "DDIMScheduler",
+    latents: Tensor,
+    encoder_hidden_states: Tensor,
+    *,
+    num_inference_steps: int,
+    eta: float = 0.0,
+    generators: Sequence[Generator] = (),
+    on_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Run DDIM from noise to latents: Song et al. 2021, https://arxiv.org/abs/2010.02502, equation (12).
+
+    latents: [batch, channels, height, width] float32, N(0, 1), already on the UNet's device.
+    encoder_hidden_states: [batch, 1, cross_attention_dim], one token per image.
+    generators: one per image, those that drew the latents; used for eta > 0 only, and they simply go on.
+    on_step: called before every UNet pass; what it raises ends the loop.
+    Returns the denoised latents, same shape, float32. Only what enters the UNet is cast to the UNet's own precision;
+    the scheduler's arithmetic stays in float32.
+    """
+    scheduler.set_timesteps(num_inference_steps)
+    dtype = next(unet.parameters()).dtype
+    encoder_hidden_states = encoder_hidden_states.to(latents.device, dtype)
+    timesteps = scheduler.timesteps.to(latents.device)  # one copy for the whole loop; indexing it is free of syncs
+    for step, timestep in enumerate(scheduler.timesteps.tolist()):
+        on_step()
+        model_output = unet(latents.to(dtype), timesteps[step], encoder_hidden_states, return_dict=False)[0].float()
+        noise = initial_latents(generators, latents.shape[1:]).to(latents.device) if eta > 0 else None
+        latents = scheduler.step(model_output, timestep, latents, eta=eta, variance_noise=noise, return_dict=False)[0]
+    return latents
+
+
+@torch.no_grad()
+def decode(vae: "AutoencoderKL", latents: Tensor, *, output_range: str = "unit") -> Tensor:
+    """Decode latents to images: [batch, channels, height, width] float32, nominally in [0, 1], not yet clamped.
+
+    Not clamped so that a caller can still tell what is not finite, or plainly in another range, from what is.
+    `output_range` is what the VAE was trained on: "unit" for [0, 1], "signed" for [-1, 1].
+    """
+    dtype = next(vae.parameters()).dtype
+    images: Tensor = vae.decode((latents / vae.config.scaling_factor).to(dtype), return_dict=False)[0].float()
+    return images / 2 + 0.5 if output_range == "signed" else images
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[batch, channels, height, width] float in [0, 1] -> [batch, height, width, channels] uint8.
+
+    Clamped, then truncated and not rounded, as training loops do with `(image * 255).astype(uint8)`.
+    """
+    return (images.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def finite_images(images: Tensor) -> Tensor:
+    """Which images hold only finite numbers: [batch, ...] float -> [batch] bool. Look before the clamp hides it."""
+    return torch.isfinite(images).flatten(1).all(1)
+
+
+def contradicts_range(images: Tensor, output_range: str) -> bool:
+    """Whether decoded images plainly come from a VAE trained on the other range than `output_range`.
+
+    Taken as "unit", [-1, 1] images have many values below 0; taken as "signed", [0, 1] images have none below 0.5.
+    """
+    if output_range == "signed":
+        return bool(images.amin() > 0.4)
+    return bool((images < -0.1).float().mean() > 0.1)

@@ -1,0 +1,74 @@
+"""What a training loop calls to look at its model: the job's own sampling, on live model objects."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from userdiff.conditioning import UserConditionEncoder
+from userdiff.models import ddim_scheduler
+from userdiff.planning import item_seed
+from userdiff.sampling import decode, denoise, initial_latents, item_generators, latents_shape, to_uint8
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+
+
+@torch.no_grad()
+def generate_samples(
+    unet: "UNet2DConditionModel",
+    condition_encoder: UserConditionEncoder,
+    vae: "AutoencoderKL",
+    noise_scheduler: "SchedulerMixin",
+    user_ids: Sequence[int],
+    *,
+    num_images_per_user: int = 1,
+    num_inference_steps: int = 20,
+    seed: int = 42,
+    eta: float = 0.0,
+    user_index: Mapping[int, int] | None = None,
+    vae_output_range: str = "unit",
+    batch_size: int = 16,
+) -> Tensor:
+    """Sample images of users from the models as they are now, with the noise the batch job would give them.
+
+    noise_scheduler: the training loop's own; sampling uses DDIM on its schedule.
+    user_index: user id -> row of the embedding; `user_id - 1` where it is not given.
+    Returns [len(user_ids) * num_images_per_user, height, width, channels] uint8 on the CPU, user by user, images 0,
+    1, ... of each: those a batch job with this seed would make. Puts the models in eval mode and back.
+    """
+    device = next(unet.parameters()).device
+    scheduler = ddim_scheduler(noise_scheduler)
+    items = [(user_id, image_index) for user_id in user_ids for image_index in range(num_images_per_user)]
+    batches = []
+    with _eval_mode(unet, condition_encoder, vae):
+        for start in range(0, len(items), batch_size):
+            batch = items[start : start + batch_size]
+            index = [user_index[user_id] if user_index else user_id - 1 for user_id, _ in batch]
+            generators = item_generators([item_seed(seed, *item) for item in batch])
+            latents = denoise(
+                unet,
+                scheduler,
+                initial_latents(generators, latents_shape(unet)).to(device),
+                condition_encoder(torch.tensor(index, device=device)).unsqueeze(1),
+                num_inference_steps=num_inference_steps,
+                eta=eta,
+                generators=generators,
+            )
+            batches.append(to_uint8(decode(vae, latents, output_range=vae_output_range)).cpu())
+    return torch.cat(batches)
+
+
+@contextmanager
+def _eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
+    """Put modules in eval mode (dropout off) for a while, then each back into the mode it was in."""
+    modes = [(module, module.training) for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.train(was_training)
