@@ -1,0 +1,354 @@
+"""One process's way through a job: load, plan (the main process), compute and write batches, merge. Orchestration."""
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
+from functools import partial
+from typing import Any
+
+import diffusers
+import numpy as np
+import PIL
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_choice_from_env, parse_flag_from_env
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from userdiff import coordination, gallery, images, manifest, record, sampling
+from userdiff.config import DEFAULT_BATCH_SIZE, JobConfig, UsageError, errors_of, format_ids
+from userdiff.coordination import Coordinator, Halted, Stopped
+from userdiff.loading import JobModel, load_model
+from userdiff.planning import PADDING, Plan, item_seed, make_plan
+
+WRITER_THREADS = 4
+PENDING_BATCHES = 2  # waiting to be encoded and written while the next computes; more would only hold memory
+
+Say = Callable[[str], None]
+Item = tuple[int, int]  # (user_id, image_index)
+
+
+def run(config: JobConfig) -> int:
+    """Run a job as the process that the launcher started, or as the only one; returns the exit status.
+
+    Raises UsageError for a wrong model or output folder, Halted when a signal or another process ended the job.
+    """
+    with coordination.pending_signal() as pending:
+        device = join_processes(config.device)
+        coordinator = coordination.connect(pending)
+        try:
+            set_kernels(config.allow_tf32)
+            precision = config.mixed_precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
+            model = load_model(config, device, precision)
+            return run_process(config, model, coordinator, _say)
+        except Halted:
+            raise
+        except Exception as error:
+            coordinator.halt(f"process {coordinator.process_index}: {error}")
+            raise
+        finally:
+            PartialState().destroy_process_group()
+
+
+def join_processes(requested_device: str) -> torch.device:
+    """Join the launcher's process group, where there is one, and give the device of this process.
+
+    The device is resolved first: accelerate's launcher does not tell its processes to stay on the CPU. The group is
+    gloo on GPUs too; no collective is ever called, but accelerate hands out the GPUs by it.
+    """
+    has_cuda = torch.cuda.is_available()
+    if requested_device == "cuda" and not has_cuda:
+        raise UsageError("--device: no CUDA device is available here, use --device cpu")
+    use_cpu = not has_cuda or (requested_device != "cuda" and parse_flag_from_env("ACCELERATE_USE_CPU"))
+    backend = {"backend": "gloo"} if torch.distributed.is_torchelastic_launched() else {}
+    return PartialState(cpu=use_cpu or requested_device == "cpu", **backend).device
+
+
+def set_kernels(allow_tf32: bool) -> None:
+    """Fix what may choose between kernels: nothing is chosen by timing, and TF32 only where it was asked for."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+
+
+def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator, say: Say) -> int:
+    """Run one process of a job; what it needs to know of the others is in `coordinator`. Returns the exit status.
+
+    `say` shows a line to the user; only the main process calls it.
+    """
+    if coordinator.is_main_process:
+        return _run_main(config, model, coordinator, say)
+    run_hash, plan = coordinator.receive_plan()
+    if run_hash != model.run:
+        raise UsageError(
+            f"--vae_path, --unet_path, --condition_encoder_path: process {coordinator.process_index} loaded other "
+            "models than the main process; every machine needs the same files"
+        )
+    make_images(config, model, Plan.from_bytes(plan), coordinator, on_step=coordinator.check)
+    coordinator.finish()
+    return 0
+
+
+def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator, say: Say) -> int:
+    recipe = _recipe(config, model)
+    with _open_folder(config) as old_record:
+        run_record = _new_record(config, model, old_record)
+        rows = manifest.finished_rows(config.output_dir, recipe)
+        plan = make_plan(
+            config.user_ids or model.user_index,
+            config.num_images_per_user,
+            run_record.numerics["batch_size"],
+            done=((row.user_id, row.image_index) for row in rows),
+        )
+        _announce(config, model, plan, coordinator.num_processes, say)
+        images.remove_temporaries(config.output_dir)
+        manifest.write_manifest(config.output_dir, rows)  # takes the place of an interrupted run's parts
+        for user_id in plan.user_ids:
+            (config.output_dir / images.file_name(user_id, 0)).parent.mkdir(exist_ok=True)
+        with _history_entry(config, run_record, plan, coordinator) as entry:
+            coordinator.publish_plan(model.run, plan.to_bytes())
+            with _progress(plan, coordinator) as refresh:
+                make_images(config, model, plan, coordinator, on_step=refresh, say=say)
+                coordinator.finish()
+                coordinator.wait_for_all(refresh)
+            rows = manifest.finished_rows(config.output_dir, recipe)
+            manifest.write_manifest(config.output_dir, rows)
+            gallery.write_preview(config.output_dir, rows)
+            entry["failed"] = coordinator.failed()
+    _conclude(config, model, plan, entry, say)
+    return 1 if entry["failed"] else 0
+
+
+# Computing and writing -----------------------------------------------------------------------------------------------
+
+
+def make_images(
+    config: JobConfig,
+    model: JobModel,
+    plan: Plan,
+    coordinator: Coordinator,
+    *,
+    on_step: Callable[[], None],
+    say: Say = lambda line: None,
+) -> None:
+    """Claim batches until none is left; compute each, and leave encoding and writing to a bounded pool.
+
+    However this ends, what was computed is written and noted first. `on_step` is asked before every UNet pass; what
+    it raises ends the loop.
+    """
+    recipe = _recipe(config, model)
+    part = manifest.PartWriter(manifest.part_path(config.output_dir, coordinator.process_index))
+    with part, images.WriterPool(WRITER_THREADS, PENDING_BATCHES * plan.batch_size) as writers:
+
+        def save(item: Item, pixels: NDArray[np.uint8]) -> None:
+            png = images.encode_png(pixels, recipe.text_chunks(*item))
+            images.publish(config.output_dir / images.file_name(*item), png)
+            part.append(recipe.row(*item, size=(pixels.shape[1], pixels.shape[0]), png=png))
+            coordinator.count_published()
+
+        while (number := coordinator.next_batch()) < len(plan.batches):
+            items = [None if row == PADDING else plan.item(row) for row in plan.batches[number]]
+            decoded = compute(config, model, items, on_step)
+            if number == 0 and sampling.contradicts_range(decoded, config.vae_output_range):
+                say(_range_warning(config.vae_output_range))
+            finite = sampling.finite_images(decoded).cpu().numpy()
+            pixels = sampling.to_uint8(decoded).cpu().numpy()
+            for row, item in enumerate(items):
+                if item is not None and finite[row]:
+                    writers.submit(partial(save, item, pixels[row]))
+                elif item is not None:
+                    coordinator.report_failed(*item)
+
+
+@torch.inference_mode()
+def compute(
+    config: JobConfig, model: JobModel, items: list[Item | None], on_step: Callable[[], None] = lambda: None
+) -> torch.Tensor:
+    """Compute a batch of images, None for padding: [batch, channels, height, width] float32, decoded, not clamped.
+
+    Padding is computed like the rest, from seed 0 and the first row of the embedding: a pass always has its shape.
+    """
+    generators = sampling.item_generators([item_seed(config.seed, *item) if item else 0 for item in items])
+    user_index = torch.tensor([model.user_index[item[0]] if item else 0 for item in items], device=model.device)
+    latents = sampling.denoise(
+        model.unet,
+        model.scheduler,
+        sampling.initial_latents(generators, sampling.latents_shape(model.unet)).to(model.device),
+        model.condition_encoder(user_index).unsqueeze(1),
+        num_inference_steps=config.num_inference_steps,
+        eta=config.eta,
+        generators=generators,
+        on_step=on_step,
+    )
+    return sampling.decode(model.vae, latents, output_range=config.vae_output_range)
+
+
+def _recipe(config: JobConfig, model: JobModel) -> manifest.Recipe:
+    return manifest.Recipe(
+        seed=config.seed,
+        num_inference_steps=config.num_inference_steps,
+        conditioning=model.conditioning,
+        run=model.run,
+    )
+
+
+# The folder (main process) -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _open_folder(config: JobConfig) -> Iterator[record.RunRecord | None]:
+    """Make the folder if needed, hold its lock, and give the record it has, if any."""
+    with ExitStack() as held:
+        with errors_of("--output_dir"):
+            config.output_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(record.folder_lock(config.output_dir))
+            old_record = record.RunRecord.read(config.output_dir)
+            if old_record is None and any(images.image_files(config.output_dir)):
+                raise ValueError(
+                    f"{config.output_dir} holds images but no {record.RECORD_NAME}, so nobody knows what made them; "
+                    "choose another folder"
+                )
+        yield old_record
+
+
+def _new_record(config: JobConfig, model: JobModel, old: record.RunRecord | None) -> record.RunRecord:
+    """Make this run's record, refusing to mix the images of two identities in one folder."""
+    changed = list(record.differences(old.identity, model.identity)) if old else []
+    if changed:
+        fields = "; ".join(f"{name} was {before}, is {after}" for name, before, after in changed)
+        raise UsageError(
+            f"--output_dir: {config.output_dir} holds images made otherwise ({fields}); use another folder"
+        )
+    begun_with = old.numerics["batch_size"] if old else DEFAULT_BATCH_SIZE
+    numerics = {
+        "batch_size": config.batch_size or begun_with,
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
+        "threads_per_process": torch.get_num_threads(),
+        "allow_tf32": config.allow_tf32,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "pillow": PIL.__version__,
+    }
+    return record.RunRecord(identity=model.identity, numerics=numerics, history=old.history if old else [])
+
+
+@contextmanager
+def _history_entry(
+    config: JobConfig, run_record: record.RunRecord, plan: Plan, coordinator: Coordinator
+) -> Iterator[dict[str, Any]]:
+    """Keep `run.json` true while a run goes on: it says `running`, then how the run ended."""
+
+    def now() -> str:
+        return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+    def publish() -> None:
+        images.publish(config.output_dir / record.RECORD_NAME, run_record.to_bytes())
+
+    entry: dict[str, Any] = {
+        "started": now(),
+        "ended": None,
+        "state": "running",
+        "num_processes": coordinator.num_processes,
+        "user_ids": format_ids(plan.user_ids),
+        "num_images_per_user": plan.num_images_per_user,
+        "published": 0,
+        "failed": [],
+    }
+    run_record.history.append(entry)
+    publish()
+    try:
+        yield entry
+        entry["state"] = "ended"
+    except Stopped as stop:
+        entry["state"] = f"stopped by signal {stop.signal_number}"
+        raise
+    except BaseException:
+        entry["state"] = "failed"
+        raise
+    finally:
+        entry.update(ended=now(), published=coordinator.count_published(0))
+        publish()
+
+
+# Speaking (main process) ---------------------------------------------------------------------------------------------
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def _announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int, say: Say) -> None:
+    if config.is_bundled:
+        say("Model: the bundled checkpoint, ten users, user k writes the digit k-1 (no model path was given)")
+    if model.conditioning == "random":
+        say(_random_warning(config))
+    plain = all(index == user_id - 1 for user_id, index in model.user_index.items())
+    rows = "id - 1" if plain else " ".join(f"{user_id}:{index}" for user_id, index in model.user_index.items())
+    say(f"Users: {format_ids(plan.user_ids)}; row of the embedding: {rows}")
+    made = plan.num_items - plan.num_waiting
+    say(
+        f"Plan: {plan.num_items} images ({len(plan.user_ids)} users x {plan.num_images_per_user}), {made} already there, "
+        f"{plan.num_waiting} to make in {len(plan.batches)} batches of {plan.batch_size} by {num_processes} "
+        f"{'process' if num_processes == 1 else 'processes'} on {model.device.type}"
+    )
+    if 0 < plan.num_items < plan.batch_size and config.batch_size is None:
+        say(f"Note: {plan.num_items} images in batches of {plan.batch_size}; --batch_size {plan.num_items} would do")
+
+
+@contextmanager
+def _progress(plan: Plan, coordinator: Coordinator) -> Iterator[Callable[[], None]]:
+    """Show one bar for the whole job; the function given refreshes it and raises when the job is to end."""
+    done = plan.num_items - plan.num_waiting
+    seconds = 0.2 if sys.stderr.isatty() else 10.0
+    with tqdm(
+        total=plan.num_items,
+        initial=done,
+        unit="image",
+        mininterval=seconds,
+        dynamic_ncols=True,
+        disable=plan.num_waiting == 0,
+    ) as bar:
+        shown = time.monotonic()
+
+        def refresh() -> None:
+            nonlocal shown
+            coordinator.check()
+            if time.monotonic() - shown >= seconds:
+                bar.n, shown = done + coordinator.count_published(0), time.monotonic()
+                bar.refresh()
+
+        try:
+            yield refresh
+        finally:
+            bar.n = done + coordinator.count_published(0)
+
+
+def _conclude(config: JobConfig, model: JobModel, plan: Plan, entry: dict[str, Any], say: Say) -> None:
+    failed = entry["failed"]
+    say(
+        f"Done: {plan.num_items - len(failed)} of {plan.num_items} images in {config.output_dir}, {entry['published']} "
+        "of them made now"
+    )
+    for user_id, image_index in failed:
+        say(f"Failed: {images.file_name(user_id, image_index)} is not finite; the same command tries it again")
+    if model.conditioning == "random":
+        say(_random_warning(config))
+    say(f"Labels: {config.output_dir / manifest.MANIFEST_NAME}")
+    say(f"Look at it: {config.output_dir / gallery.PREVIEW_NAME}")
+
+
+def _random_warning(config: JobConfig) -> str:
+    return (
+        f"Warning: the weights in {config.condition_encoder_path} do not fit; the condition encoder is RANDOM, images "
+        "do not show the users they are filed under, and every row says conditioning=random"
+    )
+
+
+def _range_warning(output_range: str) -> str:
+    other = "signed" if output_range == "unit" else "unit"
+    return f"Warning: the decoded images contradict --vae_output_range {output_range}; --vae_output_range {other} may be right"
