@@ -132,12 +132,12 @@ def user_index_map(
 
 def _read_user_map(path: Path, num_users: int) -> dict[int, int]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        index_by_id = {int(user_id): index for user_id, index in content.items()}
-    except (ValueError, AttributeError) as error:
+        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)  # a dict would hide repeats
+        index_by_id = {int(user_id): index for user_id, index in pairs}
+    except (ValueError, TypeError) as error:
         raise ValueError(f'{path} is not a JSON object of id to index, like {{"17": 0, "23": 1}}') from error
-    if not index_by_id or len(index_by_id) != len(content):
-        raise ValueError(f"{path} names {'a user twice' if content else 'no users'}")
+    if not index_by_id or len(index_by_id) != len(pairs):
+        raise ValueError(f"{path} names {'a user twice' if pairs else 'no users'}")
     for user_id, index in index_by_id.items():
         if user_id < 1:
             raise ValueError(f"{path} names user {user_id}; user ids start at 1")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from userdiff.images import publish
 from userdiff.manifest import Row
 
 PREVIEW_NAME = "preview.html"
 IMAGES_SHOWN = 20  # of each user: a page that opens at once, however large the dataset
+
+_GAP = 4  # pixels between the images of a picture
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -26,11 +27,10 @@ img {{ width: 96px; margin: 0 4px 4px 0; image-rendering: pixelated }}
 """
 
 
-def write_preview(output_dir: Path, rows: Sequence[Row]) -> None:
-    """Write `preview.html`: the first images of every user, in the order of the manifest."""
+def preview_page(name: str, rows: Sequence[Row]) -> str:
+    """Make the page of a dataset called `name`: the first images of every user, in the order of the manifest."""
     users = "\n".join(_user_section(user_id, list(group)) for user_id, group in groupby(rows, lambda row: row.user_id))
-    title = html.escape(f"{output_dir.resolve().name}: {len(rows)} images")
-    publish(output_dir / PREVIEW_NAME, _PAGE.format(title=title, users=users).encode())
+    return _PAGE.format(title=html.escape(f"{name}: {len(rows)} images"), users=users)
 
 
 def _user_section(user_id: int, rows: Sequence[Row]) -> str:
@@ -42,13 +42,23 @@ def _user_section(user_id: int, rows: Sequence[Row]) -> str:
     return f"<h2>user {user_id}, {count}</h2>\n<div>{tags}</div>"
 
 
-def contact_sheet(pictures: Sequence[Image.Image], columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
-    """Lay pictures of one size out row by row on white, each enlarged `scale` times without smoothing."""
-    width, height = pictures[0].width * scale + gap, pictures[0].height * scale + gap
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
-    for number, picture in enumerate(pictures):
-        row, column = divmod(number, columns)
-        enlarged = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (column * width + gap, row * height + gap))
+def contact_sheet(output_dir: Path, rows: Sequence[Row], columns: int, scale: int) -> Image.Image:
+    """Put the first `columns` images of every user side by side, a row of the picture per user."""
+    users = [list(group)[:columns] for _, group in groupby(rows, lambda row: row.user_id)]
+    pictures = [[_enlarged(output_dir / row.file_name, scale) for row in user] for user in users]
+    width = _GAP + max(sum(picture.width + _GAP for picture in line) for line in pictures)
+    height = _GAP + sum(max(picture.height for picture in line) + _GAP for line in pictures)
+    sheet = Image.new("RGB", (width, height), "white")
+    top = _GAP
+    for line in pictures:
+        left = _GAP
+        for picture in line:
+            sheet.paste(picture, (left, top))
+            left += picture.width + _GAP
+        top += max(picture.height for picture in line) + _GAP
     return sheet
+
+
+def _enlarged(path: Path, scale: int) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)

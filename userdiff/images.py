@@ -16,6 +16,7 @@ from PIL import Image, PngImagePlugin
 
 _FILE_NAME = re.compile(r"user_(\d{2,})/generated_(\d{3,})\.png")
 _TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -61,13 +62,22 @@ def encode_png(pixels: NDArray[np.uint8], text: Mapping[str, str]) -> bytes:
 
 
 def read_png(path: Path) -> tuple[tuple[int, int], dict[str, str]]:
-    """Decode a PNG whole and give its (width, height) and text chunks; raises OSError where it is not intact."""
+    """Decode a PNG whole and give its (width, height) and text chunks; raises OSError where it is not intact.
+
+    Intact: every chunk has its checksum, all pixels decode, and the file ends with the end chunk, which Pillow alone
+    would not miss.
+    """
+    data = path.read_bytes()
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        Image.open(io.BytesIO(data), formats=["PNG"]).verify()
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             image.load()
-            return image.size, dict(getattr(image, "text", {}))
+            size, text = image.size, dict(getattr(image, "text", {}))
     except (SyntaxError, ValueError, EOFError) as error:  # Pillow's words for a broken PNG
         raise OSError(f"{path} is not an intact PNG") from error
+    if not data.endswith(_PNG_END):
+        raise OSError(f"{path} is cut short")
+    return size, text
 
 
 def publish(path: Path, data: bytes) -> None:

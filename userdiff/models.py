@@ -133,10 +133,8 @@ def _load(model_class: Any, folder: Path) -> Any:
             ignore_mismatched_sizes=True,
             torch_dtype=torch.float32,
         )
-    except OSError:
-        raise
     except Exception as error:  # diffusers, safetensors and pickle each fail in ways of their own
-        raise ValueError(f"{folder} cannot be loaded: {_one_line(error)}") from error
+        raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
     finally:
         diffusers_logging.set_verbosity(verbosity)
     _check_loading(info, folder)
@@ -159,7 +157,3 @@ def _check_finite(model: torch.nn.Module, folder: Path) -> None:
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{folder} holds NaN or infinity in {name}; the file is damaged or training diverged")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

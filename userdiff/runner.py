@@ -1,8 +1,6 @@
 """One process's way through a job: load, plan (the main process), compute and write batches, merge. Orchestration."""
 
 import platform
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
@@ -16,9 +14,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_choice_from_env, parse_flag_from_env
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from userdiff import coordination, gallery, images, manifest, record, sampling
+from userdiff import console, coordination, gallery, images, manifest, record, sampling
 from userdiff.config import DEFAULT_BATCH_SIZE, JobConfig, UsageError, errors_of, format_ids
 from userdiff.coordination import Coordinator, Halted, Stopped
 from userdiff.loading import JobModel, load_model
@@ -27,7 +24,6 @@ from userdiff.planning import PADDING, Plan, item_seed, make_plan
 WRITER_THREADS = 4
 PENDING_BATCHES = 2  # waiting to be encoded and written while the next computes; more would only hold memory
 
-Say = Callable[[str], None]
 Item = tuple[int, int]  # (user_id, image_index)
 
 
@@ -43,7 +39,7 @@ def run(config: JobConfig) -> int:
             set_kernels(config.allow_tf32)
             precision = config.mixed_precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
             model = load_model(config, device, precision)
-            return run_process(config, model, coordinator, _say)
+            return run_process(config, model, coordinator)
         except Halted:
             raise
         except Exception as error:
@@ -75,13 +71,10 @@ def set_kernels(allow_tf32: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = allow_tf32
 
 
-def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator, say: Say) -> int:
-    """Run one process of a job; what it needs to know of the others is in `coordinator`. Returns the exit status.
-
-    `say` shows a line to the user; only the main process calls it.
-    """
+def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
+    """Run one process of a job; what it needs to know of the others is in `coordinator`. Returns the exit status."""
     if coordinator.is_main_process:
-        return _run_main(config, model, coordinator, say)
+        return _run_main(config, model, coordinator)
     run_hash, plan = coordinator.receive_plan()
     if run_hash != model.run:
         raise UsageError(
@@ -93,7 +86,7 @@ def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator, sa
     return 0
 
 
-def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator, say: Say) -> int:
+def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
     recipe = _recipe(config, model)
     with _open_folder(config) as old_record:
         run_record = _new_record(config, model, old_record)
@@ -104,22 +97,24 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator, say:
             run_record.numerics["batch_size"],
             done=((row.user_id, row.image_index) for row in rows),
         )
-        _announce(config, model, plan, coordinator.num_processes, say)
+        console.announce(config, model, plan, coordinator.num_processes)
         images.remove_temporaries(config.output_dir)
         manifest.write_manifest(config.output_dir, rows)  # takes the place of an interrupted run's parts
         for user_id in plan.user_ids:
             (config.output_dir / images.file_name(user_id, 0)).parent.mkdir(exist_ok=True)
         with _history_entry(config, run_record, plan, coordinator) as entry:
             coordinator.publish_plan(model.run, plan.to_bytes())
-            with _progress(plan, coordinator) as refresh:
-                make_images(config, model, plan, coordinator, on_step=refresh, say=say)
+            with console.show_progress(plan, coordinator) as refresh:
+                make_images(config, model, plan, coordinator, on_step=refresh)
                 coordinator.finish()
                 coordinator.wait_for_all(refresh)
             rows = manifest.finished_rows(config.output_dir, recipe)
             manifest.write_manifest(config.output_dir, rows)
-            gallery.write_preview(config.output_dir, rows)
-            entry["failed"] = coordinator.failed()
-    _conclude(config, model, plan, entry, say)
+            page = gallery.preview_page(config.output_dir.resolve().name, rows)
+            images.publish(config.output_dir / gallery.PREVIEW_NAME, page.encode())
+            made = {(row.user_id, row.image_index) for row in rows}
+            entry["failed"] = [item for item in map(plan.item, range(plan.num_items)) if item not in made]
+    console.conclude(config, model, plan, entry, not_finite=coordinator.failed())
     return 1 if entry["failed"] else 0
 
 
@@ -133,7 +128,6 @@ def make_images(
     coordinator: Coordinator,
     *,
     on_step: Callable[[], None],
-    say: Say = lambda line: None,
 ) -> None:
     """Claim batches until none is left; compute each, and leave encoding and writing to a bounded pool.
 
@@ -154,7 +148,7 @@ def make_images(
             items = [None if row == PADDING else plan.item(row) for row in plan.batches[number]]
             decoded = compute(config, model, items, on_step)
             if number == 0 and sampling.contradicts_range(decoded, config.vae_output_range):
-                say(_range_warning(config.vae_output_range))
+                console.warn_of_range(config.vae_output_range)
             finite = sampling.finite_images(decoded).cpu().numpy()
             pixels = sampling.to_uint8(decoded).cpu().numpy()
             for row, item in enumerate(items):
@@ -272,83 +266,3 @@ def _history_entry(
     finally:
         entry.update(ended=now(), published=coordinator.count_published(0))
         publish()
-
-
-# Speaking (main process) ---------------------------------------------------------------------------------------------
-
-
-def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
-
-
-def _announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int, say: Say) -> None:
-    if config.is_bundled:
-        say("Model: the bundled checkpoint, ten users, user k writes the digit k-1 (no model path was given)")
-    if model.conditioning == "random":
-        say(_random_warning(config))
-    plain = all(index == user_id - 1 for user_id, index in model.user_index.items())
-    rows = "id - 1" if plain else " ".join(f"{user_id}:{index}" for user_id, index in model.user_index.items())
-    say(f"Users: {format_ids(plan.user_ids)}; row of the embedding: {rows}")
-    made = plan.num_items - plan.num_waiting
-    say(
-        f"Plan: {plan.num_items} images ({len(plan.user_ids)} users x {plan.num_images_per_user}), {made} already there, "
-        f"{plan.num_waiting} to make in {len(plan.batches)} batches of {plan.batch_size} by {num_processes} "
-        f"{'process' if num_processes == 1 else 'processes'} on {model.device.type}"
-    )
-    if 0 < plan.num_items < plan.batch_size and config.batch_size is None:
-        say(f"Note: {plan.num_items} images in batches of {plan.batch_size}; --batch_size {plan.num_items} would do")
-
-
-@contextmanager
-def _progress(plan: Plan, coordinator: Coordinator) -> Iterator[Callable[[], None]]:
-    """Show one bar for the whole job; the function given refreshes it and raises when the job is to end."""
-    done = plan.num_items - plan.num_waiting
-    seconds = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(
-        total=plan.num_items,
-        initial=done,
-        unit="image",
-        mininterval=seconds,
-        dynamic_ncols=True,
-        disable=plan.num_waiting == 0,
-    ) as bar:
-        shown = time.monotonic()
-
-        def refresh() -> None:
-            nonlocal shown
-            coordinator.check()
-            if time.monotonic() - shown >= seconds:
-                bar.n, shown = done + coordinator.count_published(0), time.monotonic()
-                bar.refresh()
-
-        try:
-            yield refresh
-        finally:
-            bar.n = done + coordinator.count_published(0)
-
-
-def _conclude(config: JobConfig, model: JobModel, plan: Plan, entry: dict[str, Any], say: Say) -> None:
-    failed = entry["failed"]
-    say(
-        f"Done: {plan.num_items - len(failed)} of {plan.num_items} images in {config.output_dir}, {entry['published']} "
-        "of them made now"
-    )
-    for user_id, image_index in failed:
-        say(f"Failed: {images.file_name(user_id, image_index)} is not finite; the same command tries it again")
-    if model.conditioning == "random":
-        say(_random_warning(config))
-    say(f"Labels: {config.output_dir / manifest.MANIFEST_NAME}")
-    say(f"Look at it: {config.output_dir / gallery.PREVIEW_NAME}")
-
-
-def _random_warning(config: JobConfig) -> str:
-    return (
-        f"Warning: the weights in {config.condition_encoder_path} do not fit; the condition encoder is RANDOM, images "
-        "do not show the users they are filed under, and every row says conditioning=random"
-    )
-
-
-def _range_warning(output_range: str) -> str:
-    other = "signed" if output_range == "unit" else "unit"
-    return f"Warning: the decoded images contradict --vae_output_range {output_range}; --vae_output_range {other} may be right"

@@ -1,0 +1,72 @@
+"""Running jobs in tests: one process, N played in one, and real launches."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.distributed import HashStore
+
+from userdiff.cli import generate
+from userdiff.config import parse_args
+from userdiff.coordination import Coordinator
+from userdiff.loading import load_model
+from userdiff.runner import run_process
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_job(*flags: object) -> int:
+    """Run a whole job in this process, through its command line."""
+    return generate([str(flag) for flag in flags])
+
+
+def play_processes(num_processes: int, *flags: object) -> list[int]:
+    """Play N processes of one job in this one, a thread each, around one store; gives each one's exit status."""
+    config = parse_args([str(flag) for flag in flags])
+    model = load_model(config, torch.device("cpu"), "no")
+    store = HashStore()
+
+    def play(process_index: int) -> int:
+        return run_process(config, model, Coordinator(store, process_index, num_processes))
+
+    with ThreadPoolExecutor(num_processes) as threads:
+        return list(threads.map(play, range(num_processes)))
+
+
+def launch(
+    num_processes: int, *flags: object, launcher_flags: Sequence[str] = (), threads: int = 1
+) -> subprocess.Popen:
+    """Start a job with real processes, as the README says."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", "accelerate_configs/cpu.yaml", "--num_processes", str(num_processes)]
+    command += ["--num_cpu_threads_per_process", str(threads), *launcher_flags]
+    command += ["batch_generate.py", "--device", "cpu", *map(str, flags)]
+    return start(command)
+
+
+def start(command: Sequence[str], cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen(
+        [str(part) for part in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 180) -> tuple[int, str, str]:
+    """Wait for a process: (exit status, stdout, stderr)."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, stdout, stderr
+
+
+def tree(output_dir: Path) -> dict[str, str]:
+    """Every image and the manifest, by relative path: what must not depend on how the job was run."""
+    files = [*output_dir.glob("user_*/*"), output_dir / "manifest.csv"]
+    return {str(file.relative_to(output_dir)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

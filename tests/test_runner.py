@@ -1,0 +1,340 @@
+"""Whole jobs in this process: what the bytes may depend on, and what they may not."""
+
+import csv
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints import model_flags
+from tests.jobs import play_processes, run_job, tree
+from tests.oracle import assert_parity, oracle_image, oracle_seed
+from userdiff.manifest import COLUMNS
+
+NUM_USERS = 5
+
+
+@pytest.fixture(scope="module")
+def flags(checkpoint):
+    return [*model_flags(checkpoint), "--num_inference_steps", 2, "--device", "cpu"]
+
+
+@pytest.fixture
+def rows():
+    def read(output_dir):
+        with open(output_dir / "manifest.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def reference(flags, tmp_path_factory):
+    """5 users x 11 images in batches of 4, by one process: what every other way must equal."""
+    output_dir = tmp_path_factory.mktemp("reference")
+    assert run_job(*flags, "--num_images_per_user", 11, "--batch_size", 4, "--output_dir", output_dir) == 0
+    return tree(output_dir)
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 8, 17])
+def test_any_number_of_processes_makes_the_same_bytes(num_processes, flags, reference, tmp_path):
+    job = [*flags, "--num_images_per_user", 11, "--batch_size", 4, "--output_dir", tmp_path]
+    assert play_processes(num_processes, *job) == [0] * num_processes
+    assert tree(tmp_path) == reference
+    assert not list(tmp_path.glob("manifest.part-*"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_odd_batch_sizes_make_the_same_bytes_at_any_number_of_processes(batch_size, flags, tmp_path):
+    job = [*flags, "--num_images_per_user", 5, "--user_ids", "2-4", "--batch_size", batch_size]
+    assert run_job(*job, "--output_dir", tmp_path / "one") == 0
+    assert play_processes(5, *job, "--output_dir", tmp_path / "five") == [0] * 5
+    assert tree(tmp_path / "one") == tree(tmp_path / "five")
+
+
+def test_one_image_and_sixteen_processes(flags, tmp_path):
+    job = [*flags, "--num_images_per_user", 1, "--user_ids", 3]
+    assert run_job(*job, "--output_dir", tmp_path / "one") == 0
+    assert play_processes(16, *job, "--output_dir", tmp_path / "sixteen") == [0] * 16
+    assert tree(tmp_path / "one") == tree(tmp_path / "sixteen")
+    assert len(tree(tmp_path / "one")) == 2
+
+
+def test_the_same_command_again_makes_nothing(flags, tmp_path, capsys):
+    job = [*flags, "--num_images_per_user", 2, "--output_dir", tmp_path]
+    assert run_job(*job) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("user_*/*")}
+    assert play_processes(3, *job) == [0, 0, 0]  # an empty plan
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("user_*/*")} == before
+    assert "10 already there, 0 to make" in capsys.readouterr().out
+
+
+def test_the_order_of_user_ids_does_not_matter(flags, reference, tmp_path):
+    ids = list(range(1, NUM_USERS + 1))
+    random.Random(1).shuffle(ids)
+    job = [*flags, "--num_images_per_user", 11, "--batch_size", 4, "--user_ids", *ids, "--output_dir", tmp_path]
+    assert run_job(*job) == 0
+    assert tree(tmp_path) == reference
+
+
+def test_an_image_generated_alone_is_the_same(flags, reference, tmp_path):
+    job = [*flags, "--user_ids", 4, "--num_images_per_user", 1, "--batch_size", 4, "--output_dir", tmp_path]
+    assert run_job(*job) == 0
+    name = "user_04/generated_000.png"
+    assert tree(tmp_path)[name] == reference[name]
+
+
+def test_a_grown_dataset_equals_one_made_at_once(flags, reference, tmp_path):
+    job = [*flags, "--output_dir", tmp_path]
+    assert run_job(*job, "--num_images_per_user", 3, "--user_ids", 2, 5, "--batch_size", 4) == 0
+    assert run_job(*job, "--num_images_per_user", 3) == 0  # keeps the folder's batch size
+    assert run_job(*job, "--num_images_per_user", 11) == 0
+    assert tree(tmp_path) == reference
+
+
+def test_asking_for_less_keeps_what_is_there(flags, reference, tmp_path):
+    job = [*flags, "--output_dir", tmp_path, "--batch_size", 4]
+    assert run_job(*job, "--num_images_per_user", 11) == 0
+    assert run_job(*job, "--num_images_per_user", 2, "--user_ids", 1) == 0
+    assert tree(tmp_path) == reference
+
+
+def test_deleted_and_damaged_images_are_made_again(flags, reference, tmp_path):
+    job = [*flags, "--output_dir", tmp_path, "--batch_size", 4, "--num_images_per_user", 11]
+    assert run_job(*job) == 0
+    for number in (0, 3, 7):
+        (tmp_path / "user_02" / f"generated_{number:03d}.png").unlink()
+    (tmp_path / "user_03" / "generated_004.png").write_bytes(b"")
+    truncated = tmp_path / "user_05" / "generated_001.png"
+    truncated.write_bytes(truncated.read_bytes()[:-20])
+    shutil.rmtree(tmp_path / "user_04")
+    assert play_processes(2, *job) == [0, 0]
+    assert tree(tmp_path) == reference
+
+
+def test_a_lost_manifest_is_rebuilt_from_the_images(flags, reference, tmp_path, capsys):
+    job = [*flags, "--output_dir", tmp_path, "--batch_size", 4, "--num_images_per_user", 11]
+    assert run_job(*job) == 0
+    (tmp_path / "manifest.csv").unlink()
+    assert run_job(*job) == 0
+    assert "55 already there, 0 to make" in capsys.readouterr().out
+    assert tree(tmp_path) == reference
+
+
+def test_parts_and_temporaries_of_a_killed_run_are_taken_up(flags, reference, tmp_path):
+    job = [*flags, "--output_dir", tmp_path, "--batch_size", 4, "--num_images_per_user", 11]
+    assert run_job(*job) == 0
+    lines = (tmp_path / "manifest.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "manifest.part-00007.csv").write_text("".join(lines[:20]) + lines[20][:30])
+    (tmp_path / "manifest.csv").unlink()
+    (tmp_path / "user_01" / ".generated_003.png.tmp-0123abcd").write_bytes(b"half a PN")
+    assert run_job(*job) == 0
+    assert tree(tmp_path) == reference
+    assert not list(tmp_path.glob("manifest.part-*"))
+
+
+def test_threads_are_the_same_on_both_sides(flags, tmp_path):
+    job = [*flags, "--num_images_per_user", 6, "--batch_size", 5]
+    torch.set_num_threads(3)
+    assert torch.get_num_threads() == 3
+    try:
+        assert run_job(*job, "--output_dir", tmp_path / "one") == 0
+        assert play_processes(3, *job, "--output_dir", tmp_path / "three") == [0] * 3
+    finally:
+        torch.set_num_threads(1)
+    assert tree(tmp_path / "one") == tree(tmp_path / "three")
+
+
+def test_the_folder_holds_what_the_contract_says(flags, rows, tmp_path):
+    out = tmp_path / "out"
+    assert run_job(*flags, "--num_images_per_user", 3, "--user_ids", 1, 4, "--output_dir", out) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {"user_01", "user_04", "manifest.csv", "run.json", "preview.html"}
+    table = rows(out)
+    assert tuple(table[0]) == COLUMNS
+    assert [(int(row["user_id"]), int(row["image_index"])) for row in table] == [
+        (u, i) for u in (1, 4) for i in range(3)
+    ]
+    record = json.loads((out / "run.json").read_text())
+    for row in table:
+        user_id, image_index = int(row["user_id"]), int(row["image_index"])
+        assert row["file_name"] == f"user_{user_id:02d}/generated_{image_index:03d}.png"
+        assert int(row["seed"]) == oracle_seed(42, user_id, image_index)
+        assert (row["width"], row["height"], row["conditioning"]) == ("16", "16", "trained")
+        with Image.open(out / row["file_name"]) as image:
+            assert image.text == {
+                "user_id": row["user_id"],
+                "image_index": row["image_index"],
+                "seed": row["seed"],
+                "num_inference_steps": "2",
+                "conditioning": "trained",
+                "userdiff_run": record["run"],
+            }
+    assert record["history"][-1]["state"] == "ended"
+    assert record["history"][-1]["published"] == 6
+
+
+def test_swapping_two_users_embeddings_swaps_their_images(checkpoint, tmp_path):
+    swapped = shutil.copytree(checkpoint, tmp_path / "swapped")
+    weights = load_file(swapped / "condition_encoder.safetensors")
+    weights["user_embedding.weight"][[0, 2]] = weights["user_embedding.weight"][[2, 0]]
+    save_file(weights, swapped / "condition_encoder.safetensors")
+    expected = {(1, 0): oracle_image(checkpoint, 1, 0, steps=2, user_index=2)}
+    job = [*model_flags(swapped), "--user_ids", 1, "--num_images_per_user", 1, "--num_inference_steps", 2]
+    assert run_job(*job, "--output_dir", tmp_path / "out") == 0
+    assert_parity(tmp_path / "out", expected)
+
+
+def test_train_user_ids_give_user_3_the_second_row(checkpoint, tmp_path, capsys):
+    job = [*model_flags(checkpoint), "--num_inference_steps", 2, "--num_images_per_user", 1]
+    assert run_job(*job, "--train_user_ids", 1, 3, 5, "--output_dir", tmp_path / "out") == 0
+    assert "1:0 3:1 5:2" in capsys.readouterr().out
+    expected = {(user, 0): oracle_image(checkpoint, user, 0, steps=2, user_index=i) for i, user in enumerate((1, 3, 5))}
+    assert_parity(tmp_path / "out", expected)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["identity"]["user_index"] == {"1": 0, "3": 1, "5": 2}
+    with Image.open(tmp_path / "out" / "user_03" / "generated_000.png") as image:
+        wrong = oracle_image(checkpoint, 3, 0, steps=2).astype(int)
+        assert np.abs(np.asarray(image) - wrong).max() > 1  # the plain rule would have shown someone else
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--user_ids", 6], "--user_ids: 6 is out of range, this checkpoint has users 1-5"),
+        (["--user_ids", "2-9", "--train_user_ids", 2, 4, 9], "--user_ids: 3 5-8 is out of range, this checkpoint has users 2 4 9"),
+        (["--num_inference_steps", 1001], "--num_inference_steps: "),
+        (["--num_users", 31], "--condition_encoder_path: "),
+        (["--scheduler_path", "nowhere"], "--scheduler_path: nowhere holds no scheduler_config.json"),
+        (["--user_map", "nowhere.json"], "--user_map: "),
+        (["--vae_path", "nowhere"], "--vae_path: nowhere is not a folder"),
+        (["--unet_path", "nowhere"], "--unet_path: nowhere is not a folder"),
+        (["--condition_encoder_path", "nowhere.pt", "--on_incompatible_weights", "random"],
+         "--condition_encoder_path: nowhere.pt does not exist"),
+        (["--device", "cuda"], "--device: no CUDA device is available here, use --device cpu"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(extra, expected, flags, tmp_path, capsys):
+    if extra[0] == "--device" and torch.cuda.is_available():
+        extra, expected = ["--seed", -1], "--seed: -1 is out of range"
+    assert run_job(*flags, "--output_dir", tmp_path / "out", *extra) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"batch_generate.py: error: {expected}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_random_conditioning_is_marked_everywhere(flags, rows, tmp_path, capsys):
+    job = [*flags, "--num_users", 31, "--on_incompatible_weights", "random", "--num_images_per_user", 1]
+    job += ["--user_ids", "29-31"]
+    assert run_job(*job, "--output_dir", tmp_path / "one") == 0
+    assert capsys.readouterr().err.count("the condition encoder is RANDOM") == 2  # at the start and at the end
+    assert {row["conditioning"] for row in rows(tmp_path / "one")} == {"random"}
+    assert play_processes(2, *job, "--output_dir", tmp_path / "two") == [0, 0]
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_images_of_another_identity_are_not_mixed_in(flags, tmp_path, capsys):
+    job = [*flags, "--num_images_per_user", 1, "--output_dir", tmp_path]
+    assert run_job(*job) == 0
+    before = tree(tmp_path)
+    assert run_job(*job, "--seed", 43, "--eta", 0.5) == 2
+    error = capsys.readouterr().err
+    assert "eta was None, is 0.5; seed was 42, is 43" in error
+    assert tree(tmp_path) == before
+
+
+def test_images_without_a_record_are_not_touched(flags, tmp_path, capsys):
+    (tmp_path / "user_01").mkdir()
+    (tmp_path / "user_01" / "generated_000.png").write_bytes(b"somebody's")
+    assert run_job(*flags, "--output_dir", tmp_path) == 2
+    assert "holds images but no run.json" in capsys.readouterr().err
+    assert (tmp_path / "user_01" / "generated_000.png").read_bytes() == b"somebody's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["user_01"]
+
+
+def test_an_output_dir_that_is_a_file_is_refused(flags, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert run_job(*flags, "--output_dir", tmp_path / "out") == 2
+    assert capsys.readouterr().err.startswith("batch_generate.py: error: --output_dir: ")
+
+
+def test_an_image_that_is_not_finite_is_not_saved_and_tried_again(flags, rows, tmp_path, capsys, monkeypatch):
+    decode, calls = AutoencoderKL.decode, []
+
+    def decode_badly(self, latents, **options):
+        (images,) = decode(self, latents, **options)
+        calls.append(None)
+        images[1 if len(calls) == 1 else 0, 0, 3, 3] = float("nan" if len(calls) == 1 else "-inf")
+        return (images,)
+
+    job = [*flags, "--num_images_per_user", 4, "--user_ids", 1, 2, "--batch_size", 4, "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(AutoencoderKL, "decode", decode_badly)
+    assert run_job(*job) == 1
+    failed = json.loads((tmp_path / "out" / "run.json").read_text())["history"][-1]["failed"]
+    assert len(failed) == len(calls)
+    assert capsys.readouterr().out.count("is not finite; the same command tries it again") == len(failed)
+    assert len(rows(tmp_path / "out")) == 8 - len(failed)
+    for user_id, image_index in failed:
+        assert not (tmp_path / "out" / f"user_{user_id:02d}" / f"generated_{image_index:03d}.png").exists()
+    monkeypatch.undo()
+    assert run_job(*job) == 0
+    assert run_job(*job[:-1], tmp_path / "undisturbed") == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "undisturbed")
+
+
+def test_an_image_that_vanishes_while_the_job_runs_is_not_called_done(flags, tmp_path, capsys, monkeypatch):
+    from userdiff import manifest
+
+    append = manifest.PartWriter.append
+
+    def append_and_lose(self, row):
+        append(self, row)
+        if (row.user_id, row.image_index) == (2, 1):
+            (tmp_path / row.file_name).unlink()
+
+    monkeypatch.setattr(manifest.PartWriter, "append", append_and_lose)
+    assert run_job(*flags, "--num_images_per_user", 2, "--user_ids", 1, 2, "--output_dir", tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "Done: 3 of 4 images" in out
+    assert "Failed: user_02/generated_001.png is gone or changed since it was written" in out
+
+
+def test_bf16_is_the_same_at_any_number_of_processes(flags, tmp_path, monkeypatch):
+    job = [*flags, "--num_images_per_user", 3, "--user_ids", 1, 2]
+    assert run_job(*job, "--mixed_precision", "bf16", "--output_dir", tmp_path / "flag") == 0
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert run_job(*job, "--output_dir", tmp_path / "launcher") == 0
+    assert tree(tmp_path / "flag") == tree(tmp_path / "launcher")
+    assert json.loads((tmp_path / "flag" / "run.json").read_text())["identity"]["mixed_precision"] == "bf16"
+
+
+def test_a_disk_that_fails_is_one_line_and_loses_nothing(flags, reference, tmp_path, capsys, monkeypatch):
+    from userdiff import images
+
+    publish, published = images.publish, []
+
+    def publish_until_full(path, data):
+        if path.suffix == ".png":
+            published.append(path)
+            if len(published) == 9:
+                raise OSError(28, "No space left on device")
+        publish(path, data)
+
+    job = [*flags, "--num_images_per_user", 11, "--batch_size", 4, "--output_dir", tmp_path]
+    monkeypatch.setattr(images, "publish", publish_until_full)
+    assert run_job(*job) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == (
+        "batch_generate.py: error: [Errno 28] No space left on device; what is done is kept, the same command goes on "
+        "from there"
+    )
+    assert json.loads((tmp_path / "run.json").read_text())["history"][-1]["state"] == "failed"
+    monkeypatch.undo()
+    assert run_job(*job) == 0
+    assert tree(tmp_path) == reference
