@@ -191,7 +191,7 @@ def test_a_user_map_is_read_as_it_stands(tmp_path):
         ("{}", "names no users"),
         ('{"1": 0, "01": 1}', "names a user twice"),
         ('{"1": 0, "1": 1}', "names a user twice"),
-        ('{"0": 0}', "names user 0; user ids start at 1"),
+        ('{"0": 0}', "names user 0; user ids are 1 to"),
         ('{"1": 2}', "gives user 1 the index 2; --num_users 2 has 0 to 1"),
         ('{"1": -1}', "gives user 1 the index -1"),
         ('{"1": true}', "gives user 1 the index True"),

@@ -249,6 +249,16 @@ def test_images_of_another_identity_are_not_mixed_in(flags, tmp_path, capsys):
     assert tree(tmp_path) == before
 
 
+def test_an_eta_of_1_is_the_same_job_however_it_is_written(checkpoint, tmp_path):
+    from userdiff import JobConfig
+    from userdiff.loading import load_model
+
+    paths = {"vae_path": checkpoint, "unet_path": checkpoint, "condition_encoder_path": checkpoint, "num_users": 5}
+    configs = [JobConfig(**paths, eta=eta, num_inference_steps=2) for eta in (1, 1.0)]
+    one, same = (load_model(config, torch.device("cpu"), "no") for config in configs)
+    assert one.run == same.run
+
+
 def test_images_without_a_record_are_not_touched(flags, tmp_path, capsys):
     (tmp_path / "user_01").mkdir()
     (tmp_path / "user_01" / "generated_000.png").write_bytes(b"somebody's")

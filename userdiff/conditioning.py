@@ -139,8 +139,8 @@ def _read_user_map(path: Path, num_users: int) -> dict[int, int]:
     if not index_by_id or len(index_by_id) != len(pairs):
         raise ValueError(f"{path} names {'a user twice' if pairs else 'no users'}")
     for user_id, index in index_by_id.items():
-        if user_id < 1:
-            raise ValueError(f"{path} names user {user_id}; user ids start at 1")
+        if not 1 <= user_id < 2**63:
+            raise ValueError(f"{path} names user {user_id}; user ids are 1 to 2^63-1")
         if type(index) is not int or not 0 <= index < num_users:
             raise ValueError(
                 f"{path} gives user {user_id} the index {index!r}; --num_users {num_users} has 0 to {num_users - 1}"

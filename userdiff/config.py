@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
@@ -14,8 +13,11 @@ BUNDLED_NUM_USERS = 10
 DEFAULT_BATCH_SIZE = 16
 MAX_SEED = 2**63 - 1
 MAX_USERS = 2**24
+MAX_USER_ID = 2**63 - 1
 MAX_IMAGES_PER_USER = 2**32  # image seeds are one to one within a user up to here
 MODEL_FLAGS = ("vae_path", "unet_path", "condition_encoder_path", "num_users")
+
+_MAX_DIGITS = 4000  # Python refuses to read longer numbers
 
 _DESCRIPTION = """\
 Generate a labelled image dataset from a user-conditioned latent diffusion model. Without any model path, the bundled
@@ -41,6 +43,13 @@ def errors_of(flag: str) -> Iterator[None]:
         raise UsageError(f"{flag}: {error}") from error
 
 
+def path(text: str) -> Path:
+    """Parse a path for argparse; an empty one, as of a shell variable that is not set, would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a path")
+    return Path(text)
+
+
 def whole_number(text: str) -> int:
     """Parse an int for argparse, which prints the message of what is raised here."""
     try:
@@ -60,12 +69,12 @@ def number(text: str) -> float:
 def id_range(text: str) -> range:
     """Parse one id or one range of ids: `5`, `10-15`."""
     first, dash, last = text.partition("-")
-    if not first.isdecimal() or (dash and not last.isdecimal()):
+    if not first.isdecimal() or (dash and not last.isdecimal()) or max(len(first), len(last)) > _MAX_DIGITS:
         raise argparse.ArgumentTypeError(f"{text!r} is not an id (5) or a range of ids (10-15), ids start at 1")
     ids = range(int(first), int(last or first) + 1)
-    if not ids:
+    if ids.start >= ids.stop:
         raise argparse.ArgumentTypeError(f"{text!r} runs backwards, write {last}-{first}")
-    if len(ids) > MAX_USERS:
+    if ids.stop - ids.start > MAX_USERS:
         raise argparse.ArgumentTypeError(f"{text!r} names more than {MAX_USERS} users")
     return ids
 
@@ -97,31 +106,31 @@ class JobConfig:
     """
 
     vae_path: Path = _flag(
-        _MODEL, "diffusers folder of the AutoencoderKL, or one holding it as vae/ (default: bundled demo)", type=Path
+        _MODEL, "diffusers folder of the AutoencoderKL, or one holding it as vae/ (default: bundled demo)", type=path
     )
     unet_path: Path = _flag(
         _MODEL, "diffusers folder of the UNet2DConditionModel, or one holding it as unet/ (default: bundled demo)",
-        type=Path,
+        type=path,
     )  # fmt: skip
     condition_encoder_path: Path = _flag(
         _MODEL, "file (.pt, .safetensors), or folder with condition_encoder.pt or .safetensors (default: bundled demo)",
-        type=Path,
+        type=path,
     )  # fmt: skip
     num_users: int = _flag(
         _MODEL, "rows of the user embedding table (required with your own model paths)", type=whole_number, metavar="N"
     )
     scheduler_path: Path | None = _flag(
         _MODEL, "folder with the scheduler_config.json of training (default: scaled_linear 0.00085-0.012, epsilon)",
-        None, type=Path,
+        None, type=path,
     )  # fmt: skip
     train_user_ids: tuple[int, ...] | None = _flag(
         _MODEL, "the ids the model was trained on, ids or ranges, where a user's row in the table is the rank of its id "
         "among them (default: the row is id - 1)",
-        None, type=id_range, nargs="+", metavar="ID",
+        None, type=id_range, nargs="+", action="extend", metavar="ID",
     )  # fmt: skip
     user_map: Path | None = _flag(
-        _MODEL, 'JSON file of user id to row in the table, {"17": 0, "23": 1}; instead of --train_user_ids',
-        None, type=Path,
+        _MODEL, 'JSON file of user id to row in the table, {"17": 0, "23": 1}; instead of --train_user_ids (default: none)',
+        None, type=path,
     )  # fmt: skip
     vae_output_range: str = _flag(
         _MODEL, "the pixel range the VAE was trained on: unit = [0, 1], signed = [-1, 1] (default: %(default)s)",
@@ -134,13 +143,19 @@ class JobConfig:
     )  # fmt: skip
 
     user_ids: tuple[int, ...] | None = _flag(
-        _WHAT, "ids and ranges, such as 1 5 10-15 (default: all)", None, type=id_range, nargs="+", metavar="ID"
+        _WHAT,
+        "ids and ranges, such as 1 5 10-15 (default: all)",
+        None,
+        type=id_range,
+        nargs="+",
+        action="extend",
+        metavar="ID",
     )
     num_images_per_user: int = _flag(
         _WHAT, "images of each user, image_index 0 to N-1 (default: %(default)s)", 5, type=whole_number, metavar="N"
     )
     output_dir: Path = _flag(
-        _WHAT, "the dataset's folder, made if needed (default: ./%(default)s)", Path("generated_images"), type=Path
+        _WHAT, "the dataset's folder, made if needed (default: ./%(default)s)", Path("generated_images"), type=path
     )
 
     num_inference_steps: int = _flag(_HOW, "DDIM steps (default: %(default)s)", 20, type=whole_number, metavar="N")
@@ -167,7 +182,7 @@ class JobConfig:
         choices=("no", "fp16", "bf16"),
     )
     allow_tf32: bool = _flag(
-        _RUN, "let float32 matrix products use TF32 on GPUs that have it", False, action="store_true"
+        _RUN, "let float32 matrix products use TF32 on GPUs that have it (default: off)", False, action="store_true"
     )
 
     def __post_init__(self) -> None:
@@ -203,7 +218,7 @@ class JobConfig:
 
     @staticmethod
     def _check_range(name: str, value: float, low: int, high: int) -> None:
-        if not low <= value <= high or not math.isfinite(value):
+        if not low <= value <= high:
             raise UsageError(f"--{name}: {value} is out of range, needed: {low} to {high}")
 
     @staticmethod
@@ -216,6 +231,8 @@ class JobConfig:
         for user_id in ids:
             if user_id < 1:
                 raise UsageError(f"--{name}: {user_id} is out of range, user ids start at 1")
+            if user_id > MAX_USER_ID:
+                raise UsageError(f"--{name}: {user_id} is out of range, user ids end at {MAX_USER_ID}")
             if user_id in seen:
                 raise UsageError(f"--{name}: {user_id} is given twice")
             seen.add(user_id)

@@ -53,7 +53,8 @@ def show_progress(plan: Plan, coordinator: Coordinator) -> Iterator[Callable[[],
     with tqdm(
         total=plan.num_items,
         initial=done,
-        unit="image",
+        unit=" images",
+        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",  # never seconds/image
         mininterval=seconds,
         dynamic_ncols=True,
         disable=plan.num_waiting == 0,

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import BoundedSemaphore
+from threading import BoundedSemaphore, Lock
 from types import TracebackType
 
 import numpy as np
@@ -28,15 +28,16 @@ def file_name(user_id: int, image_index: int) -> str:
 def parse_file_name(name: str) -> tuple[int, int] | None:
     """Give the (user_id, image_index) that a relative path stands for; None where it is not an image of a job."""
     match = _FILE_NAME.fullmatch(name)
-    item = (int(match[1]), int(match[2])) if match else None
-    return item if item and file_name(*item) == name else None
+    item = (int(match[1]), int(match[2])) if match else (0, 0)
+    return item if item[0] >= 1 and file_name(*item) == name else None
 
 
 def image_files(output_dir: Path) -> Iterator[tuple[int, int]]:
     """Find the (user_id, image_index) of every image lying under its final name, in no order."""
     for folder in output_dir.glob("user_*"):
         for path in folder.iterdir() if folder.is_dir() else ():
-            if item := parse_file_name(f"{folder.name}/{path.name}"):
+            item = parse_file_name(f"{folder.name}/{path.name}")
+            if item is not None and path.is_file():
                 yield item
 
 
@@ -73,7 +74,7 @@ def read_png(path: Path) -> tuple[tuple[int, int], dict[str, str]]:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             image.load()
             size, text = image.size, dict(getattr(image, "text", {}))
-    except (SyntaxError, ValueError, EOFError) as error:  # Pillow's words for a broken PNG
+    except Exception as error:  # Pillow has many words for a broken PNG
         raise OSError(f"{path} is not an intact PNG") from error
     if not data.endswith(_PNG_END):
         raise OSError(f"{path} is cut short")
@@ -106,10 +107,11 @@ class WriterPool:
     def __init__(self, num_threads: int, max_pending: int) -> None:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="writer")
         self._free = BoundedSemaphore(max_pending)
+        self._lock = Lock()
         self._error: BaseException | None = None
 
     def submit(self, task: Callable[[], object]) -> None:
-        """Run `task` on a writer thread; raises what an earlier task failed of, and then runs nothing more."""
+        """Queue `task` for a writer thread; raises what an earlier task failed of, and then takes nothing more."""
         self._free.acquire()
         if self._error is not None:
             self._free.release()
@@ -117,7 +119,10 @@ class WriterPool:
         self._executor.submit(task).add_done_callback(self._finished)
 
     def _finished(self, future: "Future[object]") -> None:
-        self._error = self._error or future.exception()
+        error = future.exception()
+        if error is not None:
+            with self._lock:  # so that nothing takes the first error's place
+                self._error = self._error or error
         self._free.release()
 
     def __enter__(self) -> "WriterPool":  # noqa: PYI034 - typing.Self is newer than Python 3.10

@@ -67,7 +67,7 @@ def load_model(config: JobConfig, device: torch.device, precision: str) -> JobMo
             "num_inference_steps": config.num_inference_steps,
         },
         {
-            "eta": (config.eta, 0.0),
+            "eta": (float(config.eta), 0.0),
             "mixed_precision": (precision, "no"),
             "vae_output_range": (config.vae_output_range, "unit"),
             "conditioning": (trained, "trained"),

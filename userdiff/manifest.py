@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from userdiff import images
 from userdiff.planning import item_seed
 
 MANIFEST_NAME = "manifest.csv"
+_PART_NAME = re.compile(r"manifest\.part-\d{5,}\.csv")
 CONDITIONINGS = ("trained", "random")
 
 
@@ -93,7 +95,7 @@ def part_path(output_dir: Path, process_index: int) -> Path:
 
 def part_paths(output_dir: Path) -> list[Path]:
     """Find the parts that are there, of this run or an earlier one."""
-    return sorted(output_dir.glob("manifest.part-*.csv"))
+    return sorted(path for path in output_dir.glob("manifest.part-*.csv") if _PART_NAME.fullmatch(path.name))
 
 
 class PartWriter:

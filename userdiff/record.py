@@ -43,6 +43,9 @@ class RunRecord:
         try:
             content = json.loads(path.read_bytes())
             record = cls(**{key: content[key] for key in ("identity", "numerics", "history")})
+            kinds = [type(value) for value in (record.identity, record.numerics, record.history)]
+            if kinds != [dict, dict, list] or not isinstance(record.numerics["batch_size"], int):
+                raise TypeError(kinds)
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
