@@ -37,7 +37,8 @@ def generate_samples(
     noise_scheduler: the training loop's own; sampling uses DDIM on its schedule.
     user_index: user id -> row of the embedding; `user_id - 1` where it is not given.
     Returns [len(user_ids) * num_images_per_user, height, width, channels] uint8 on the CPU, user by user, images 0,
-    1, ... of each: those a batch job with this seed would make. Puts the models in eval mode and back.
+    1, ... of each: those a batch job with this seed makes, but for last bits where its batches are of another size.
+    Puts the models in eval mode and back, and leaves the global generators alone.
     """
     device = next(unet.parameters()).device
     scheduler = ddim_scheduler(noise_scheduler)
