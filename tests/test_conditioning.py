@@ -115,7 +115,7 @@ class Malicious:
 BROKEN = {
     "empty": (lambda f, s: f.write_bytes(b""), "cannot be read as a torch file"),
     "garbage": (lambda f, s: f.write_bytes(b"not weights at all"), "cannot be read as a torch file"),
-    "malicious pickle": (lambda f, s: f.write_bytes(pickle.dumps(Malicious())), "cannot be read as a torch file"),
+    "malicious pickle": (lambda f, s: f.write_bytes(pickle.dumps(Malicious(), protocol=2)), "cannot be read as a torch file"),
     "malicious torch file": (lambda f, s: torch.save({"a": Malicious()}, f), "cannot be read as a torch file"),
     "no state dict": (lambda f, s: torch.save([1, 2], f), "holds no state dict"),
     "another training checkpoint": (lambda f, s: torch.save({"epoch": 3, "unet": s}, f), "holds no state dict"),
