@@ -81,11 +81,11 @@ def change(state, **tensors):
 MISMATCHES = {
     "another number of users": (
         lambda s: change(s, **{"user_embedding.weight": torch.zeros(31, EMBED_DIM)}),
-        "has user_embedding.weight with shape [31, 6], needed [4, 6]",
+        "has user_embedding.weight with shape [31, 6], needed [4, 6]; --num_users is the first of the two",
     ),
     "another width": (
         lambda s: UserConditionEncoder(NUM_USERS, 8).state_dict(),
-        "has user_embedding.weight with shape [4, 8], needed [4, 6]",
+        "has user_embedding.weight with shape [4, 8], needed [4, 6]; --num_users is the first of the two",
     ),
     "one tensor missing": (
         lambda s: {name: tensor for name, tensor in s.items() if name != "mlp.3.bias"},
@@ -115,7 +115,10 @@ class Malicious:
 BROKEN = {
     "empty": (lambda f, s: f.write_bytes(b""), "cannot be read as a torch file"),
     "garbage": (lambda f, s: f.write_bytes(b"not weights at all"), "cannot be read as a torch file"),
-    "malicious pickle": (lambda f, s: f.write_bytes(pickle.dumps(Malicious(), protocol=2)), "cannot be read as a torch file"),
+    "malicious pickle": (
+        lambda f, s: f.write_bytes(pickle.dumps(Malicious(), protocol=2)),
+        "cannot be read as a torch file",
+    ),
     "malicious torch file": (lambda f, s: torch.save({"a": Malicious()}, f), "cannot be read as a torch file"),
     "no state dict": (lambda f, s: torch.save([1, 2], f), "holds no state dict"),
     "another training checkpoint": (lambda f, s: torch.save({"epoch": 3, "unet": s}, f), "holds no state dict"),

@@ -245,7 +245,7 @@ def test_images_of_another_identity_are_not_mixed_in(flags, tmp_path, capsys):
     before = tree(tmp_path)
     assert run_job(*job, "--seed", 43, "--eta", 0.5) == 2
     error = capsys.readouterr().err
-    assert "eta was None, is 0.5; seed was 42, is 43" in error
+    assert "eta was default, is 0.5; seed was 42, is 43" in error
     assert tree(tmp_path) == before
 
 
@@ -257,6 +257,24 @@ def test_an_eta_of_1_is_the_same_job_however_it_is_written(checkpoint, tmp_path)
     configs = [JobConfig(**paths, eta=eta, num_inference_steps=2) for eta in (1, 1.0)]
     one, same = (load_model(config, torch.device("cpu"), "no") for config in configs)
     assert one.run == same.run
+
+
+def test_other_numerics_warn_and_are_kept_with_the_run_they_were_of(flags, tmp_path, capsys):
+    job = [*flags, "--user_ids", 1, "--output_dir", tmp_path]
+    assert run_job(*job, "--num_images_per_user", 2, "--batch_size", 4) == 0
+    assert "new images may differ" not in capsys.readouterr().err
+    assert run_job(*job, "--num_images_per_user", 3, "--batch_size", 8) == 0
+    assert "batch_size was 4 when this folder was begun, is 8; new images may differ" in capsys.readouterr().err
+    assert run_job(*job, "--num_images_per_user", 4) == 0
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["numerics"]["batch_size"] == 4
+    assert [run["numerics"]["batch_size"] for run in record["history"]] == [4, 8, 4]
+
+
+def test_fewer_train_user_ids_than_rows_warn(flags, tmp_path, capsys):
+    job = [*flags, "--train_user_ids", 1, 3, "--num_images_per_user", 1, "--output_dir", tmp_path]
+    assert run_job(*job) == 0
+    assert "--train_user_ids names 2 users, the table has 5 rows" in capsys.readouterr().err
 
 
 def test_images_without_a_record_are_not_touched(flags, tmp_path, capsys):
@@ -348,3 +366,12 @@ def test_a_disk_that_fails_is_one_line_and_loses_nothing(flags, reference, tmp_p
     monkeypatch.undo()
     assert run_job(*job) == 0
     assert tree(tmp_path) == reference
+
+
+def test_an_interrupt_while_torch_is_loading_is_one_line(flags, tmp_path, capsys, monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("userdiff.runner.run", interrupted)
+    assert run_job(*flags, "--output_dir", tmp_path / "out") == 130
+    assert capsys.readouterr().err == "batch_generate.py: stopped by SIGINT before anything was made\n"

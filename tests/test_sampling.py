@@ -60,6 +60,17 @@ def test_generate_samples_follows_a_user_mapping(live, checkpoint):
     assert np.abs(image.astype(int) - oracle_image(checkpoint, 3, 0, steps=5)).max() > 1
 
 
+@pytest.mark.parametrize("user_ids", [[], [6], [0], [1, 9]])
+def test_generate_samples_refuses_a_user_the_model_does_not_have(live, user_ids):
+    with pytest.raises(ValueError, match=r"^user_ids: .* this model has users \[1, 2, 3, 4, 5\]$"):
+        generate_samples(**live, user_ids=user_ids, num_inference_steps=1)
+
+
+def test_decode_refuses_an_unknown_range(live):
+    with pytest.raises(ValueError, match="'sgined' is neither unit nor signed"):
+        sampling.decode(live["vae"], torch.zeros(1, 4, 8, 8), output_range="sgined")
+
+
 def test_pixels_are_truncated_not_rounded():
     values = torch.tensor([-1.0, 0.0, 0.999 / 255, 1.0 / 255, 254.9 / 255, 1.0, 2.0])
     images = values.reshape(1, 1, 1, 7).expand(2, 3, 1, 7)

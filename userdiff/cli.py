@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,13 @@ def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py")
     0: every image is there. 1: some failed, or the job could not go on. 2: wrong arguments, model or output folder.
     128 + n: stopped by signal n; the same command goes on from there.
     """
+    try:
+        return _generate(argv, prog)
+    except KeyboardInterrupt:  # while torch was loading; later a signal is noted and the job ends in order
+        return _say_error(f"{prog}: stopped by SIGINT before anything was made", 128 + signal.SIGINT)
+
+
+def _generate(argv: Sequence[str] | None, prog: str) -> int:
     try:
         config = parse_args(argv, prog)
     except UsageError as error:

@@ -87,8 +87,12 @@ def _read(file: Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # pickle, zip and safetensors each fail in ways of their own
-        kind = "a safetensors file" if file.suffix == ".safetensors" else "a torch file of plain tensors"
-        raise ValueError(f"{file} cannot be read as {kind} (empty, truncated, or not one)") from error
+        kind = (
+            "a safetensors file"
+            if file.suffix == ".safetensors"
+            else "a torch file of plain tensors (save the state dict, not the module)"
+        )
+        raise ValueError(f"{file} cannot be read as {kind}; it is empty, truncated, or not one") from error
 
 
 def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
@@ -107,7 +111,9 @@ def _check_fit(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], file: 
         if name not in found:
             raise IncompatibleWeightsError(f"{file} has no tensor {name}, needed with shape {need}")
         if found[name].shape != tensor.shape:
-            raise IncompatibleWeightsError(f"{file} has {name} with shape {list(found[name].shape)}, needed {need}")
+            shape = list(found[name].shape)
+            hint = "; --num_users is the first of the two" if name == "user_embedding.weight" else ""
+            raise IncompatibleWeightsError(f"{file} has {name} with shape {shape}, needed {need}{hint}")
     for name in found:
         if name not in needed:
             raise IncompatibleWeightsError(

@@ -35,6 +35,11 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int)
     plain = all(index == user_id - 1 for user_id, index in model.user_index.items())
     rows = "id - 1" if plain else " ".join(f"{user_id}:{index}" for user_id, index in model.user_index.items())
     _say(f"Users: {format_ids(plan.user_ids)}; row of the embedding: {rows}")
+    if config.train_user_ids and len(config.train_user_ids) < config.num_users:
+        _warn(
+            f"--train_user_ids names {len(config.train_user_ids)} users, the table has {config.num_users} rows; a missing "
+            "id shifts the rows of all after it"
+        )
     made = plan.num_items - plan.num_waiting
     _say(
         f"Plan: {plan.num_items} images ({len(plan.user_ids)} users x {plan.num_images_per_user}), {made} already there, "
@@ -90,6 +95,11 @@ def conclude(
         _warn_of_random_conditioning(config)
     _say(f"Labels: {config.output_dir / MANIFEST_NAME}")
     _say(f"Look at it: {config.output_dir / PREVIEW_NAME}")
+
+
+def warn_of_numerics(name: str, before: object, after: object) -> None:
+    """Warn that a folder goes on with other numerics than it began with."""
+    _warn(f"{name} was {before} when this folder was begun, is {after}; new images may differ in last bits")
 
 
 def warn_of_range(output_range: str) -> None:

@@ -23,6 +23,7 @@ from userdiff.planning import PADDING, Plan, item_seed, make_plan
 
 WRITER_THREADS = 4
 PENDING_BATCHES = 2  # waiting to be encoded and written while the next computes; more would only hold memory
+_BRIEF = 12  # characters of a value in a message
 
 Item = tuple[int, int]  # (user_id, image_index)
 
@@ -89,12 +90,12 @@ def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
 def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
     recipe = _recipe(config, model)
     with _open_folder(config) as old_record:
-        run_record = _new_record(config, model, old_record)
+        run_record, numerics = _new_record(config, model, old_record)
         rows = manifest.finished_rows(config.output_dir, recipe)
         plan = make_plan(
             config.user_ids or model.user_index,
             config.num_images_per_user,
-            run_record.numerics["batch_size"],
+            numerics["batch_size"],
             done=((row.user_id, row.image_index) for row in rows),
         )
         console.announce(config, model, plan, coordinator.num_processes)
@@ -102,7 +103,7 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
         manifest.write_manifest(config.output_dir, rows)  # takes the place of an interrupted run's parts
         for user_id in plan.user_ids:
             (config.output_dir / images.file_name(user_id, 0)).parent.mkdir(exist_ok=True)
-        with _history_entry(config, run_record, plan, coordinator) as entry:
+        with _history_entry(config, run_record, numerics, plan, coordinator) as entry:
             coordinator.publish_plan(model.run, plan.to_bytes())
             with console.show_progress(plan, coordinator) as refresh:
                 make_images(config, model, plan, coordinator, on_step=refresh)
@@ -209,11 +210,16 @@ def _open_folder(config: JobConfig) -> Iterator[record.RunRecord | None]:
         yield old_record
 
 
-def _new_record(config: JobConfig, model: JobModel, old: record.RunRecord | None) -> record.RunRecord:
-    """Make this run's record, refusing to mix the images of two identities in one folder."""
+def _new_record(
+    config: JobConfig, model: JobModel, old: record.RunRecord | None
+) -> tuple[record.RunRecord, dict[str, Any]]:
+    """Make this run's record and its numerics, refusing to mix the images of two identities in one folder.
+
+    The record keeps the numerics that the folder began with; those of every run stand in its history.
+    """
     changed = list(record.differences(old.identity, model.identity)) if old else []
     if changed:
-        fields = "; ".join(f"{name} was {before}, is {after}" for name, before, after in changed)
+        fields = "; ".join(f"{name} was {_brief(before)}, is {_brief(after)}" for name, before, after in changed)
         raise UsageError(
             f"--output_dir: {config.output_dir} holds images made otherwise ({fields}); use another folder"
         )
@@ -227,12 +233,20 @@ def _new_record(config: JobConfig, model: JobModel, old: record.RunRecord | None
         "diffusers": diffusers.__version__,
         "pillow": PIL.__version__,
     }
-    return record.RunRecord(identity=model.identity, numerics=numerics, history=old.history if old else [])
+    for name, before, after in record.differences(old.numerics if old else numerics, numerics):
+        console.warn_of_numerics(name, before, after)
+    begun = old or record.RunRecord(identity=model.identity, numerics=numerics)
+    return record.RunRecord(identity=model.identity, numerics=begun.numerics, history=begun.history), numerics
+
+
+def _brief(value: Any) -> str:
+    text = "default" if value is None else str(value)
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."  # of a hash, enough to tell it from another
 
 
 @contextmanager
 def _history_entry(
-    config: JobConfig, run_record: record.RunRecord, plan: Plan, coordinator: Coordinator
+    config: JobConfig, run_record: record.RunRecord, numerics: dict[str, Any], plan: Plan, coordinator: Coordinator
 ) -> Iterator[dict[str, Any]]:
     """Keep `run.json` true while a run goes on: it says `running`, then how the run ended."""
 
@@ -249,6 +263,7 @@ def _history_entry(
         "num_processes": coordinator.num_processes,
         "user_ids": format_ids(plan.user_ids),
         "num_images_per_user": plan.num_images_per_user,
+        "numerics": numerics,
         "published": 0,
         "failed": [],
     }

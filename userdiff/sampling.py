@@ -70,6 +70,8 @@ def decode(vae: "AutoencoderKL", latents: Tensor, *, output_range: str = "unit")
     Not clamped so that a caller can still tell what is not finite, or plainly in another range, from what is.
     `output_range` is what the VAE was trained on: "unit" for [0, 1], "signed" for [-1, 1].
     """
+    if output_range not in ("unit", "signed"):
+        raise ValueError(f"output_range: {output_range!r} is neither unit nor signed")
     dtype = next(vae.parameters()).dtype
     images: Tensor = vae.decode((latents / vae.config.scaling_factor).to(dtype), return_dict=False)[0].float()
     return images / 2 + 0.5 if output_range == "signed" else images

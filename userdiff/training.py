@@ -38,8 +38,13 @@ def generate_samples(
     user_index: user id -> row of the embedding; `user_id - 1` where it is not given.
     Returns [len(user_ids) * num_images_per_user, height, width, channels] uint8 on the CPU, user by user, images 0,
     1, ... of each: those a batch job with this seed makes, but for last bits where its batches are of another size.
-    Puts the models in eval mode and back, and leaves the global generators alone.
+    Raises ValueError for a user that the model does not have. Puts the models in eval mode and back, and leaves the global generators alone.
     """
+    num_users = condition_encoder.user_embedding.num_embeddings
+    row = {user_id: user_id - 1 for user_id in range(1, num_users + 1)} if user_index is None else user_index
+    unknown = [user_id for user_id in user_ids if user_id not in row]
+    if unknown or not user_ids:
+        raise ValueError(f"user_ids: {unknown or 'none'} given, this model has users {sorted(row)}")
     device = next(unet.parameters()).device
     scheduler = ddim_scheduler(noise_scheduler)
     items = [(user_id, image_index) for user_id in user_ids for image_index in range(num_images_per_user)]
@@ -47,7 +52,7 @@ def generate_samples(
     with _eval_mode(unet, condition_encoder, vae):
         for start in range(0, len(items), batch_size):
             batch = items[start : start + batch_size]
-            index = [user_index[user_id] if user_index else user_id - 1 for user_id, _ in batch]
+            index = [row[user_id] for user_id, _ in batch]
             generators = item_generators([item_seed(seed, *item) for item in batch])
             latents = denoise(
                 unet,
