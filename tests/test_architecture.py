@@ -32,11 +32,21 @@ MAY_IMPORT = {
     "training": {"conditioning", "models", "planning", "sampling", "torch"},
     "loading": {"config", "conditioning", "models", "record", "torch", "diffusers"},
     "coordination": {"torch.distributed"},
-    "console": {"config", "coordination", "gallery", "images", "loading", "manifest", "planning", "tqdm"},
+    "console": {
+        "torch.distributed",
+        "config",
+        "coordination",
+        "gallery",
+        "images",
+        "loading",
+        "manifest",
+        "planning",
+        "tqdm",
+    },
     "runner": {*STAGES, "console", "numpy", "PIL", "torch", "diffusers", "accelerate", "tqdm"},
-    "cli": {*TORCH_FREE, "coordination", "runner"},
+    "cli": {*TORCH_FREE, "coordination", "runner", "torch.distributed"},
 }
-LATE_IN_CLI = {"coordination", "runner"}  # inside the functions that need torch
+LATE_IN_CLI = {"coordination", "runner", "torch.distributed"}  # inside the functions that need torch
 
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SOURCES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in [*PACKAGE.rglob("*.py"), SCRIPT])

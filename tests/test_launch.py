@@ -117,6 +117,19 @@ def test_a_terminated_launch_goes_on_where_it_stopped(flags, tmp_path):
     assert tree(tmp_path / "out") == tree(tmp_path / "plain")
 
 
+def test_workers_whose_launcher_was_killed_go_too(flags, tmp_path):
+    launcher = launch(2, *flags, "--num_images_per_user", 2000, "--output_dir", tmp_path)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("user_*/*.png"))) < 8:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    launcher.kill()
+    _, _, stderr = finish(launcher, timeout=60)  # until the last worker has closed its end of the pipe
+    assert "what is done is kept in" in stderr
+    assert "Traceback" not in stderr
+    assert json.loads((tmp_path / "run.json").read_text())["history"][0]["state"] == "stopped by signal 15"
+
+
 def test_a_plain_process_stops_at_a_signal_with_its_status(flags, tmp_path):
     job = [*flags, "--num_images_per_user", 500, "--output_dir", tmp_path]
     process = start([sys.executable, "batch_generate.py", *map(str, job)])

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from userdiff.config import UsageError, parse_args
@@ -89,7 +90,12 @@ def _say_error(line: str, status: int) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         print(one_line, file=sys.stderr)
         return status
+    from torch.distributed import DistError
+
     from userdiff.coordination import connect
 
-    connect().say_once(lambda: print(one_line, file=sys.stderr, flush=True))
+    try:
+        connect(timeout=timedelta(seconds=5)).say_once(lambda: print(one_line, file=sys.stderr, flush=True))
+    except DistError:  # the launcher is gone, and with it whoever could agree on who speaks
+        print(one_line, file=sys.stderr, flush=True)
     return status

@@ -3,9 +3,10 @@
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from torch.distributed import DistError
 from tqdm import tqdm
 
 from userdiff.config import JobConfig, format_ids
@@ -76,7 +77,8 @@ def show_progress(plan: Plan, coordinator: Coordinator) -> Iterator[Callable[[],
         try:
             yield refresh
         finally:
-            bar.n = done + coordinator.count_published(0)
+            with suppress(DistError):  # a launcher that was killed took its store along
+                bar.n = done + coordinator.count_published(0)
 
 
 def conclude(

@@ -35,13 +35,15 @@ class PeerFailed(Halted):
     """Another process failed; the text is its cause."""
 
 
-def connect(pending_signal: Callable[[], int | None] = lambda: None) -> "Coordinator":
+def connect(
+    pending_signal: Callable[[], int | None] = lambda: None, timeout: timedelta = CONNECT_TIMEOUT
+) -> "Coordinator":
     """Join the job as the process that the launcher says this is, or as the only one."""
     process_index, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    return Coordinator(open_store(num_processes), process_index, num_processes, pending_signal)
+    return Coordinator(open_store(num_processes, timeout), process_index, num_processes, pending_signal)
 
 
-def open_store(num_processes: int) -> Store:
+def open_store(num_processes: int, timeout: timedelta = CONNECT_TIMEOUT) -> Store:
     """Open the job's store: in memory for one process, else on the launcher's own address and port.
 
     The launcher's store outlives a group of processes that it restarts, so the restart count is part of every key.
@@ -49,7 +51,7 @@ def open_store(num_processes: int) -> Store:
     if num_processes == 1:
         return HashStore()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(host, port, is_master=False, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
+    store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
     run_id, restart = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"userdiff/{run_id}/{restart}", store)
 

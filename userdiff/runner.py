@@ -1,8 +1,9 @@
 """One process's way through a job: load, plan (the main process), compute and write batches, merge. Orchestration."""
 
 import platform
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_choice_from_env, parse_flag_from_env
 from numpy.typing import NDArray
+from torch.distributed import DistError
 
 from userdiff import console, coordination, gallery, images, manifest, record, sampling
 from userdiff.config import DEFAULT_BATCH_SIZE, JobConfig, UsageError, errors_of, format_ids
@@ -275,9 +277,14 @@ def _history_entry(
     except Stopped as stop:
         entry["state"] = f"stopped by signal {stop.signal_number}"
         raise
+    except DistError:  # the launcher was killed and took its store along: the workers are to go too
+        entry["state"] = f"stopped by signal {signal.SIGTERM.value}"
+        raise
     except BaseException:
         entry["state"] = "failed"
         raise
     finally:
-        entry.update(ended=now(), published=coordinator.count_published(0))
+        entry["ended"] = now()
+        with suppress(DistError):  # a launcher that was killed took its store along
+            entry["published"] = coordinator.count_published(0)
         publish()
