@@ -55,6 +55,15 @@ def test_the_first_reason_to_halt_is_the_one_that_counts():
             coordinator.check()
 
 
+def test_every_process_leaves_with_the_status_of_the_one_that_failed():
+    """Else the launcher's report names whichever process happened to leave first."""
+    main, other = processes(2)
+    main.halt("process 0: --output_dir: is a file", exit_status=2)
+    with pytest.raises(PeerFailed) as raised:
+        other.check()
+    assert raised.value.exit_status == 2
+
+
 def test_a_signal_to_one_stops_all():
     store = HashStore()
     told = Coordinator(store, 1, 2, pending_signal=lambda: signal.SIGTERM)

@@ -60,7 +60,7 @@ def _generate(argv: Sequence[str] | None, prog: str) -> int:
     except OSError as error:
         return _say_error(f"{prog}: error: {error}; what is done is kept, the same command goes on from there", 1)
     except PeerFailed as error:
-        return _say_error(f"{prog}: error: {error}", 1)
+        return _say_error(f"{prog}: error: {error}", error.exit_status)
     except Stopped as stop:
         line = f"{prog}: {stop}; what is done is kept in {config.output_dir}, the same command goes on from there"
         return _say_error(line, 128 + stop.signal_number)

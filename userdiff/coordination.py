@@ -32,7 +32,11 @@ class Stopped(Halted):
 
 
 class PeerFailed(Halted):
-    """Another process failed; the text is its cause."""
+    """Another process failed; the text is its cause, and every process leaves with the exit status it named."""
+
+    def __init__(self, cause: str, exit_status: int) -> None:
+        super().__init__(cause)
+        self.exit_status = exit_status
 
 
 def connect(
@@ -111,11 +115,11 @@ class Coordinator:
             reason = json.loads(self._store.get("halt"))
             if reason["signal_number"] is not None:
                 raise Stopped(reason["signal_number"])
-            raise PeerFailed(reason["cause"])
+            raise PeerFailed(reason["cause"], reason["exit_status"])
 
-    def halt(self, cause: str = "", signal_number: int | None = None) -> None:
+    def halt(self, cause: str = "", signal_number: int | None = None, exit_status: int = 1) -> None:
         """Tell every process to end; the first reason given is the one that counts."""
-        reason = json.dumps({"cause": cause, "signal_number": signal_number})
+        reason = json.dumps({"cause": cause, "signal_number": signal_number, "exit_status": exit_status})
         try:
             self._store.compare_set("halt", "", reason)
         except DistError as error:  # the launcher took its store along: as good as a stop

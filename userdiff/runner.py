@@ -46,7 +46,8 @@ def run(config: JobConfig) -> int:
         except Halted:
             raise
         except Exception as error:
-            coordinator.halt(f"process {coordinator.process_index}: {error}")
+            status = 2 if isinstance(error, UsageError) else 1
+            coordinator.halt(f"process {coordinator.process_index}: {error}", exit_status=status)
             raise
         finally:
             PartialState().destroy_process_group()
