@@ -32,7 +32,8 @@ def play_processes(num_processes: int, *flags: object) -> list[int]:
     store = HashStore()
 
     def play(process_index: int) -> int:
-        return run_process(config, model, Coordinator(store, process_index, num_processes))
+        with Coordinator(lambda: store, process_index, num_processes) as coordinator:
+            return run_process(config, model, coordinator)
 
     with ThreadPoolExecutor(num_processes) as threads:
         return list(threads.map(play, range(num_processes)))

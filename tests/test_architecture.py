@@ -12,7 +12,7 @@ import userdiff
 PACKAGE = Path(userdiff.__file__).parent
 SCRIPT = PACKAGE.parent / "batch_generate.py"
 
-TORCH_FREE = {"config", "planning", "images", "manifest", "record", "gallery"}
+TORCH_FREE = {"config", "planning", "images", "manifest", "record", "gallery", "audit", "halting"}
 STAGES = {*TORCH_FREE, "conditioning", "models", "sampling", "training", "loading", "coordination"}
 
 # module -> what it may import besides the standard library: names without a dot in front are modules of the package
@@ -26,27 +26,30 @@ MAY_IMPORT = {
     "manifest": {"numpy", "planning", "images"},
     "record": {"filelock"},
     "gallery": {"PIL", "manifest", "record"},
+    "audit": {"numpy", "config", "images", "manifest", "record"},
+    "halting": set(),
     "conditioning": {"torch", "safetensors"},
     "models": {"torch", "diffusers"},
     "sampling": {"torch"},
     "training": {"conditioning", "models", "planning", "sampling", "torch"},
-    "loading": {"config", "conditioning", "models", "record", "torch", "diffusers"},
-    "coordination": {"torch.distributed"},
+    "loading": {"config", "conditioning", "models", "record", "sampling", "torch", "diffusers"},
+    "coordination": {"halting", "torch.distributed"},
     "console": {
-        "torch.distributed",
         "config",
         "coordination",
         "gallery",
+        "halting",
         "images",
         "loading",
         "manifest",
         "planning",
         "tqdm",
     },
-    "runner": {*STAGES, "console", "numpy", "PIL", "torch", "diffusers", "accelerate", "tqdm"},
-    "cli": {*TORCH_FREE, "coordination", "runner", "torch.distributed"},
+    "folder": {"config", "console", "coordination", "gallery", "halting", "images", "manifest", "planning", "record"},
+    "runner": {*STAGES, "console", "folder", "numpy", "PIL", "torch", "diffusers", "accelerate", "tqdm"},
+    "cli": {*TORCH_FREE, "coordination", "runner", "tqdm"},
 }
-LATE_IN_CLI = {"coordination", "runner", "torch.distributed"}  # inside the functions that need torch
+LATE_IN_CLI = {"coordination", "runner", "tqdm"}  # inside the functions that need torch
 
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SOURCES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in [*PACKAGE.rglob("*.py"), SCRIPT])

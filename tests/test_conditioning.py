@@ -78,14 +78,15 @@ def change(state, **tensors):
     return {**state, **tensors}
 
 
+OF_THE_TWO = "of the two, --num_users is the first, the UNet's cross_attention_dim the second"
 MISMATCHES = {
     "another number of users": (
         lambda s: change(s, **{"user_embedding.weight": torch.zeros(31, EMBED_DIM)}),
-        "has user_embedding.weight with shape [31, 6], needed [4, 6]; --num_users is the first of the two",
+        f"has user_embedding.weight with shape [31, 6], needed [4, 6]; {OF_THE_TWO}",
     ),
     "another width": (
         lambda s: UserConditionEncoder(NUM_USERS, 8).state_dict(),
-        "has user_embedding.weight with shape [4, 8], needed [4, 6]; --num_users is the first of the two",
+        f"has user_embedding.weight with shape [4, 8], needed [4, 6]; {OF_THE_TWO}",
     ),
     "one tensor missing": (
         lambda s: {name: tensor for name, tensor in s.items() if name != "mlp.3.bias"},
@@ -188,17 +189,18 @@ def test_a_user_map_is_read_as_it_stands(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("not json", "is not a JSON object of id to index"),
-        ("[1, 2]", "is not a JSON object of id to index"),
-        ('{"anna": 0}', "is not a JSON object of id to index"),
-        ("{}", "names no users"),
-        ('{"1": 0, "01": 1}', "names a user twice"),
-        ('{"1": 0, "1": 1}', "names a user twice"),
-        ('{"0": 0}', "names user 0; user ids are 1 to"),
+        ("not json", "is not JSON, needed: a JSON object of id to index"),
+        ("[1, 2]", r"holds \[1, 2\], needed: a JSON object of id to index"),
+        ('{"anna": 0}', "names user 'anna', needed: a whole number from 1"),
+        ("{}", "names no users, needed: a JSON object"),
+        ('{"1": 0, "01": 1}', "names user 1 twice, needed: each user once"),
+        ('{"1": 0, "1": 1}', "names user 1 twice, needed: each user once"),
+        ('{"0": 0}', "names user '0', needed: a whole number from 1 to"),
         ('{"1": 2}', "gives user 1 the index 2; --num_users 2 has 0 to 1"),
         ('{"1": -1}', "gives user 1 the index -1"),
         ('{"1": true}', "gives user 1 the index True"),
         ('{"1": 0.0}', "gives user 1 the index 0.0"),
+        ('{"7": 1, "8": 1}', "gives users 7 and 8 the same index 1, needed: one for each user"),
     ],
 )
 def test_a_bad_user_map_is_refused(content, expected, tmp_path):

@@ -51,6 +51,7 @@ DEFAULTS = {
     "device": "auto",
     "batch_size": None,
     "mixed_precision": None,
+    "overwrite": False,
     "allow_tf32": False,
 }
 NEEDS_ALL = "your own model needs all of --vae_path, --unet_path, --condition_encoder_path, --num_users"
@@ -61,7 +62,7 @@ USERS_WITHOUT_MODEL = (
 
 
 def without_quotes(text):
-    return text.replace("'", "")  # Python 3.12 took them out of argparse's lists of choices
+    return text.replace("'", "")
 
 
 # Flags, defaults, values
@@ -136,6 +137,7 @@ def test_the_original_command_line_means_what_it_meant():
         ("--mixed_precision no", "mixed_precision", "no"),
         ("--mixed_precision fp16", "mixed_precision", "fp16"),
         ("--mixed_precision bf16", "mixed_precision", "bf16"),
+        ("--overwrite", "overwrite", True),
         ("--allow_tf32", "allow_tf32", True),
     ],
 )
@@ -154,8 +156,8 @@ def test_each_flag_takes_its_values(argv, name, value):
         # ids and ranges
         ("--user_ids 0", "--user_ids: 0 is out of range, user ids start at 1"),
         ("--user_ids 0-3", "--user_ids: 0 is out of range, user ids start at 1"),
-        ("--user_ids 5 5", "--user_ids: 5 is given twice"),
-        ("--user_ids 1-4 3", "--user_ids: 3 is given twice"),
+        ("--user_ids 5 5", "--user_ids: 5 is given twice, needed: each id once"),
+        ("--user_ids 1-4 3", "--user_ids: 3 is given twice, needed: each id once"),
         ("--user_ids 5-3", "--user_ids: '5-3' runs backwards, write 3-5"),
         ("--user_ids -5", "--user_ids: '-5' is not an id (5) or a range of ids (10-15), ids start at 1"),
         ("--user_ids 5-", "--user_ids: '5-' is not an id (5) or a range of ids (10-15), ids start at 1"),
@@ -167,14 +169,17 @@ def test_each_flag_takes_its_values(argv, name, value):
         ("--user_ids 1_0", "--user_ids: '1_0' is not an id (5) or a range of ids (10-15), ids start at 1"),
         ("--user_ids 1-16777217", "--user_ids: '1-16777217' names more than 16777216 users"),
         ("--user_ids 1-" + 30 * "9", f"--user_ids: '1-{30 * '9'}' names more than 16777216 users"),
-        ("--user_ids", "--user_ids: expected at least one argument"),
-        ("--train_user_ids 3 1-3", "--train_user_ids: 3 is given twice"),
+        (
+            "--user_ids",
+            "--user_ids: expected at least one argument; one that begins with - is written --user_ids=-...",
+        ),
+        ("--train_user_ids 3 1-3", "--train_user_ids: 3 is given twice, needed: each id once"),
         ("--train_user_ids 0", "--train_user_ids: 0 is out of range, user ids start at 1"),
         ("--train_user_ids 9-8", "--train_user_ids: '9-8' runs backwards, write 8-9"),
         ("--train_user_ids 1-32", "--train_user_ids: 32 ids, but --num_users 31 has fewer rows"),
         (
             "--train_user_ids 1 3 --user_map m.json",
-            "--user_map: goes without --train_user_ids, both say which row a user has",
+            "--user_map: m.json goes without --train_user_ids, both say which row a user has",
         ),
         # numbers
         ("--num_users 0", "--num_users: 0 is out of range, needed: 1 to 16777216"),
@@ -188,7 +193,10 @@ def test_each_flag_takes_its_values(argv, name, value):
         ("--num_images_per_user -1", "--num_images_per_user: -1 is out of range, needed: 1 to 4294967296"),
         ("--num_images_per_user 2.5", "--num_images_per_user: '2.5' is not a whole number"),
         ("--num_images_per_user 1e3", "--num_images_per_user: '1e3' is not a whole number"),
-        ("--num_images_per_user", "--num_images_per_user: expected one argument"),
+        (
+            "--num_images_per_user",
+            "--num_images_per_user: expected one argument; one that begins with - is written --num_images_per_user=-...",
+        ),
         ("--num_inference_steps 0", "--num_inference_steps: 0 is out of range, needed: 1 to 1000000"),
         ("--num_inference_steps 1000001", "--num_inference_steps: 1000001 is out of range, needed: 1 to 1000000"),
         ("--num_inference_steps x", "--num_inference_steps: 'x' is not a whole number"),
@@ -210,21 +218,21 @@ def test_each_flag_takes_its_values(argv, name, value):
         ("--batch_size 65537", "--batch_size: 65537 is out of range, needed: 1 to 65536"),
         ("--batch_size 1/2", "--batch_size: '1/2' is not a whole number"),
         # choices
-        ("--device tpu", "--device: invalid choice: tpu (choose from auto, cuda, cpu)"),
-        ("--device CPU", "--device: invalid choice: CPU (choose from auto, cuda, cpu)"),
-        ("--mixed_precision fp32", "--mixed_precision: invalid choice: fp32 (choose from no, fp16, bf16)"),
-        ("--vae_output_range 0-1", "--vae_output_range: invalid choice: 0-1 (choose from unit, signed)"),
+        ("--device tpu", "--device: tpu is none of auto, cuda, cpu"),
+        ("--device CPU", "--device: CPU is none of auto, cuda, cpu"),
+        ("--mixed_precision fp32", "--mixed_precision: fp32 is none of no, fp16, bf16"),
+        ("--vae_output_range 0-1", "--vae_output_range: 0-1 is none of unit, signed"),
         (
             "--on_incompatible_weights zero",
-            "--on_incompatible_weights: invalid choice: zero (choose from error, random)",
+            "--on_incompatible_weights: zero is none of error, random",
         ),
-        ("--allow_tf32=1", "--allow_tf32: ignored explicit argument 1"),
+        ("--allow_tf32=1", "--allow_tf32: takes no value, got 1"),
         # abbreviations and strangers
-        ("--num_image 3", "unrecognized arguments: --num_image 3"),
-        ("--out O", "unrecognized arguments: --out O"),
-        ("--num-users 3", "unrecognized arguments: --num-users 3"),
-        ("--guidance_scale 7", "unrecognized arguments: --guidance_scale 7"),
-        ("stray", "unrecognized arguments: stray"),
+        ("--num_image 3", "--num_image: no such flag; did you mean --num_images_per_user?"),
+        ("--out O", "--out: no such flag; did you mean --output_dir?"),
+        ("--num-users 3", "--num-users: no such flag; did you mean --num_users?"),
+        ("--guidance_scale 7", "--guidance_scale: no such flag; --help lists them"),
+        ("stray", "stray: no flag takes it; --help lists them"),
     ],
 )
 def test_an_error_names_the_flag_the_value_and_what_would_be_right(argv, message):
@@ -330,7 +338,7 @@ def test_a_config_needs_the_whole_model(name):
         ("batch_size", 0, "--batch_size: 0 is out of range, needed: 1 to 65536"),
         ("user_ids", (), "--user_ids: names no user"),
         ("user_ids", (3, -1), "--user_ids: -1 is out of range, user ids start at 1"),
-        ("user_ids", (3, 1, 3), "--user_ids: 3 is given twice"),
+        ("user_ids", (3, 1, 3), "--user_ids: 3 is given twice, needed: each id once"),
         ("train_user_ids", (), "--train_user_ids: names no user"),
         ("train_user_ids", (0,), "--train_user_ids: 0 is out of range, user ids start at 1"),
         ("train_user_ids", tuple(range(1, 33)), "--train_user_ids: 32 ids, but --num_users 31 has fewer rows"),
@@ -398,6 +406,7 @@ HELP_TEXTS = {
     "device": "(default: auto)",
     "batch_size": "(default: what the folder began with, else 16)",
     "mixed_precision": "(default: the launcher's, else no)",
+    "overwrite": "start again",  # a switch, off where it is not given
     "allow_tf32": "let float32 matrix products use TF32",  # a switch, off where it is not given
 }
 HELP_GROUPS = {
@@ -405,7 +414,7 @@ HELP_GROUPS = {
     "the model": set(list(HELP_TEXTS)[:9]),
     "what to make": {"user_ids", "num_images_per_user", "output_dir"},
     "how to sample": {"num_inference_steps", "seed", "eta"},
-    "how to run": {"device", "batch_size", "mixed_precision", "allow_tf32"},
+    "how to run": {"device", "batch_size", "mixed_precision", "overwrite", "allow_tf32"},
 }
 
 
@@ -468,7 +477,7 @@ def test_user_ids_given_in_two_places_add_up():
 
 @pytest.mark.parametrize("flag", ["--output_dir", "--vae_path", "--user_map"])
 def test_an_empty_path_is_not_the_current_folder(flag):
-    with pytest.raises(UsageError, match=f"^{flag}: '' is not a path$"):
+    with pytest.raises(UsageError, match=f"^{flag}: '' is not a path; the current folder is .$"):
         parse_args([flag, ""])
 
 

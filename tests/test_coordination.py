@@ -1,19 +1,50 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import DistError, HashStore
 
-from userdiff.coordination import Coordinator, PeerFailed, Stopped, pending_signal
-
-
-def processes(number, **options):
-    store = HashStore()
-    return [Coordinator(store, process_index, number, **options) for process_index in range(number)]
+from userdiff import coordination
+from userdiff.coordination import Coordinator
+from userdiff.halting import Failed, Halted, Interrupt, Stopped
 
 
-def test_every_batch_is_claimed_once():
+@pytest.fixture
+def processes():
+    """Make any number of processes of one job, closed at the end."""
+    made: list[Coordinator] = []
+
+    def make(number, store=None):
+        store = store or HashStore()
+        new = [Coordinator(lambda: store, process_index, number) for process_index in range(number)]
+        made.extend(new)
+        return new
+
+    yield make
+    for coordinator in made:
+        coordinator.__exit__(None, None, None)
+
+
+@pytest.fixture
+def quick_pulse(monkeypatch):
+    monkeypatch.setattr(coordination, "PULSE_SECONDS", 0.05)
+
+
+def heard(coordinator, seconds=10):
+    """What a process hears of the end of its job, sooner or later."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            coordinator.check()
+        except Halted as reason:
+            return reason
+        time.sleep(0.01)
+    raise AssertionError("heard nothing")
+
+
+def test_every_batch_is_claimed_once(processes):
     claimed: list[int] = []
 
     def claim(coordinator):
@@ -29,63 +60,75 @@ def test_every_batch_is_claimed_once():
     assert sorted(claimed) == list(range(1600))
 
 
-def test_the_plan_reaches_everyone_as_it_was():
+def test_the_plan_reaches_everyone_as_it_was(processes):
     main, *others = processes(3)
     plan = bytes(range(256)) * 3 + b"\n\n"
     threading.Timer(0.2, main.publish_plan, args=("0af3", plan)).start()
     assert [other.receive_plan() for other in others] == [("0af3", plan)] * 2
 
 
-def test_progress_and_failures_add_up():
+def test_progress_and_failures_add_up(processes):
     main, other = processes(2)
-    main.count_published()
-    other.count_published(3)
-    assert main.count_published(0) == other.count_published(0) == 4
+    main.count_published(1, num_bytes=700)
+    other.count_published(3, num_bytes=50)
+    assert main.published() == other.published() == (4, 750)
     main.report_failed(2, 5)
     other.report_failed(1, 9)
     assert main.failed() == [(1, 9), (2, 5)]
 
 
-def test_the_first_reason_to_halt_is_the_one_that_counts():
+# Ending
+
+
+def test_the_first_reason_to_halt_is_the_one_that_counts(processes, quick_pulse):
     main, one, two = processes(3)
-    one.halt("process 1: the disk is full")
-    two.halt("process 2: something that followed from it")
+    one.halt(OSError("the disk is full"))
+    two.halt(ValueError("something that followed from it"))
     for coordinator in (main, one, two):
-        with pytest.raises(PeerFailed, match=r"^process 1: the disk is full$"):
-            coordinator.check()
+        reason = heard(coordinator)
+        assert isinstance(reason, Failed)
+        assert str(reason).startswith("process 1 on ")
+        assert str(reason).endswith(": the disk is full")
 
 
-def test_every_process_leaves_with_the_status_of_the_one_that_failed():
+def test_every_process_leaves_with_the_status_of_the_one_that_failed(processes, quick_pulse):
     """Else the launcher's report names whichever process happened to leave first."""
     main, other = processes(2)
-    main.halt("process 0: --output_dir: is a file", exit_status=2)
-    with pytest.raises(PeerFailed) as raised:
-        other.check()
-    assert raised.value.exit_status == 2
+    main.halt(Failed("--output_dir: is a file", exit_status=2))
+    assert heard(other).exit_status == 2
 
 
-def test_a_signal_to_one_stops_all():
-    store = HashStore()
-    told = Coordinator(store, 1, 2, pending_signal=lambda: signal.SIGTERM)
-    main = Coordinator(store, 0, 2)
-    main.check()
-    with pytest.raises(Stopped):
-        told.check()
-    with pytest.raises(Stopped) as raised:
-        main.check()
-    assert raised.value.signal_number == signal.SIGTERM
-    assert str(raised.value) == "stopped by SIGTERM"
-
-
-def test_waiting_ends_when_a_peer_fails():
+def test_a_process_that_leaves_by_an_exception_halts_the_others(processes, quick_pulse):
     main, other = processes(2)
-    threading.Timer(0.2, other.halt, args=("process 1: gone",)).start()
+    with pytest.raises(ZeroDivisionError), other:
+        raise ZeroDivisionError("by zero")
+    assert str(heard(main)).endswith("by zero")
+
+
+def test_a_signal_to_one_stops_all(processes, quick_pulse):
+    told, main = Interrupt(), None
+    store = HashStore()
+    with Coordinator(lambda: store, 1, 2, told) as worker:
+        (main, _) = processes(2, store)
+        main.check()
+        told.set(Stopped(signal.SIGTERM))
+        with pytest.raises(Stopped):
+            worker.check()
+        reason = heard(main)
+    assert reason.signal_number == signal.SIGTERM
+    assert reason.exit_status == 143
+    assert str(reason) == "stopped by SIGTERM"
+
+
+def test_waiting_ends_when_a_peer_fails(processes, quick_pulse):
+    main, other = processes(2)
+    threading.Timer(0.2, other.halt, args=(Failed("gone"),)).start()
     main.finish()
-    with pytest.raises(PeerFailed, match="process 1: gone"):
+    with pytest.raises(Failed, match="gone"):
         main.wait_for_all(on_poll=lambda: None)
 
 
-def test_waiting_ends_when_all_have_finished():
+def test_waiting_ends_when_all_have_finished(processes):
     main, *others = processes(4)
     polls = []
     main.finish()
@@ -95,7 +138,104 @@ def test_waiting_ends_when_all_have_finished():
     assert polls
 
 
-def test_the_main_process_speaks_for_all():
+def test_the_main_process_waits_for_the_others_to_leave_but_not_for_ever(processes):
+    main, other = processes(2)
+    begun = time.monotonic()
+    main.wait_until_left(0.3)
+    assert time.monotonic() - begun >= 0.3
+    other.__exit__(None, None, None)
+    main.wait_until_left(600)
+
+
+# Signs of life
+
+
+def test_a_process_without_a_sign_of_life_is_named(processes, quick_pulse, monkeypatch):
+    monkeypatch.setattr(coordination, "LOST_AFTER_PULSES", 10)
+    main, worker, dead = processes(3)
+    dead._line.close()  # as SIGKILL would have it: without a word
+    for coordinator in (main, worker):
+        reason = heard(coordinator)
+        assert isinstance(reason, Failed)
+        assert str(reason).startswith("process 2 on ")
+        assert str(reason).endswith("has given no sign of life for 0 s")
+
+
+def test_workers_miss_a_main_process_that_died(processes, quick_pulse, monkeypatch):
+    monkeypatch.setattr(coordination, "LOST_AFTER_PULSES", 10)
+    main, worker = processes(2)
+    main._line.close()
+    with pytest.raises(Failed, match="process 0 on .* no sign of life"):
+        worker.receive_plan()
+
+
+def test_a_process_that_has_left_in_order_is_not_missed(processes, quick_pulse, monkeypatch):
+    monkeypatch.setattr(coordination, "LOST_AFTER_PULSES", 5)
+    main, worker = processes(2)
+    worker.finish()
+    worker.__exit__(None, None, None)
+    time.sleep(1)
+    main.check()
+
+
+class SilentStore:
+    """A store whose machine vanished: it takes what it is asked and never answers."""
+
+    def __init__(self):
+        self.store, self.is_silent = HashStore(), False
+
+    def __getattr__(self, name):
+        def operation(*args):
+            while self.is_silent:
+                time.sleep(0.01)
+            return getattr(self.store, name)(*args)
+
+        return operation
+
+
+def test_a_store_that_never_answers_is_given_up(quick_pulse):
+    store = SilentStore()
+    coordinator = Coordinator(lambda: store, 1, 2, patience=5)
+    coordinator.next_batch()
+    store.is_silent = True
+    with pytest.raises(Failed, match="lost contact with the launcher"):
+        coordinator.next_batch()
+    begun = time.monotonic()
+    with pytest.raises(Failed):  # once for all: nobody waits again
+        coordinator.count_published(1, 1)
+    assert time.monotonic() - begun < 5
+    store.is_silent = False
+
+
+def test_a_store_that_never_opens_is_given_up(quick_pulse):
+    opened = threading.Event()
+    with pytest.raises(Failed, match="lost contact"):
+        Coordinator(lambda: opened.wait() and HashStore(), 1, 2, patience=5)
+    opened.set()
+
+
+def test_a_store_that_went_with_this_processs_own_launcher_is_a_stop(monkeypatch, quick_pulse):
+    def gone():
+        raise DistError("Connection reset by peer")
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(os, "getppid", iter([17, *[1] * 100]).__next__)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        Coordinator(gone, 1, 2)
+
+
+def test_an_orphan_of_a_launcher_counts_as_told_to_terminate(processes, monkeypatch, quick_pulse):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    (main,) = processes(1)
+    main.check()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert heard(main).exit_status == 143
+
+
+# Who speaks
+
+
+def test_the_main_process_speaks_for_all(processes):
     main, other = processes(2)
     said = []
     threading.Timer(0.2, main.say_once, args=(lambda: said.append("main"),)).start()
@@ -103,26 +243,8 @@ def test_the_main_process_speaks_for_all():
     assert said == ["main"]
 
 
-def test_another_process_speaks_when_the_main_cannot():
+def test_another_process_speaks_when_the_main_cannot(processes):
     _, other = processes(2)
     said = []
     other.say_once(lambda: said.append("other"), patience_seconds=0.1)
     assert said == ["other"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_are_noted_and_handlers_put_back(number):
-    before = signal.getsignal(number)
-    with pending_signal() as pending:
-        assert pending() is None
-        os.kill(os.getpid(), number)
-        assert pending() == number
-    assert signal.getsignal(number) is before
-
-
-def test_an_orphan_of_a_launcher_counts_as_told_to_terminate(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with pending_signal() as pending:
-        assert pending() is None
-        monkeypatch.setattr(os, "getppid", lambda: 1)
-        assert pending() == signal.SIGTERM

@@ -15,12 +15,12 @@ from PIL import Image
 
 from userdiff.images import (
     WriterPool,
+    decode_png,
     encode_png,
     file_name,
     image_files,
     parse_file_name,
     publish,
-    read_png,
     remove_temporaries,
 )
 
@@ -109,7 +109,7 @@ def test_a_png_holds_pixels_and_text(tmp_path, height, width, channels):
         assert image.format == "PNG"
         assert np.array_equal(np.asarray(image).reshape(height, width, channels), pixels)
         assert image.text == text
-    assert read_png(path) == ((width, height), text)
+    assert decode_png(path.read_bytes()) == ((width, height), text)
 
 
 def test_a_view_of_other_strides_is_encoded_as_it_looks(tmp_path):
@@ -124,7 +124,7 @@ def test_text_in_any_script_is_kept(tmp_path):
     text = {"latin": "déjà vu", "other": "用户 ①", "empty": "", "long": 1000 * "x"}
     path = tmp_path / "image.png"
     path.write_bytes(encode_png(noise(2, 2, 3), text))
-    assert read_png(path)[1] == text
+    assert decode_png(path.read_bytes())[1] == text
 
 
 @pytest.mark.parametrize("channels", [0, 2, 5])
@@ -140,7 +140,7 @@ def test_a_truncated_png_is_not_intact(tmp_path, missing):
     path = tmp_path / "image.png"
     path.write_bytes(data[:kept])
     with pytest.raises(OSError, match=r"."):
-        read_png(path)
+        decode_png(path.read_bytes())
 
 
 def chunk(kind, data):
@@ -161,7 +161,7 @@ def with_bit_flipped(data, at):
 
 def test_the_crafted_png_is_intact(tmp_path):
     (tmp_path / "image.png").write_bytes(crafted_png())
-    assert read_png(tmp_path / "image.png") == ((2, 2), {})
+    assert decode_png((tmp_path / "image.png").read_bytes()) == ((2, 2), {})
 
 
 @pytest.mark.parametrize(
@@ -183,13 +183,13 @@ def test_what_is_no_intact_png_is_an_os_error(tmp_path, data):
     path = tmp_path / "image.png"
     path.write_bytes(data)
     with pytest.raises(OSError, match=r"."):
-        read_png(path)
+        decode_png(path.read_bytes())
 
 
 def test_a_missing_file_and_a_folder_are_os_errors(tmp_path):
     for path in (tmp_path / "missing.png", tmp_path):
         with pytest.raises(OSError, match=path.name):
-            read_png(path)
+            decode_png(path.read_bytes())
 
 
 # Publishing

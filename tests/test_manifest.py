@@ -305,32 +305,39 @@ def test_several_threads_append_whole_rows(tmp_path, monkeypatch):
 # What is finished
 
 
+def finished(folder, recipe=RECIPE):
+    """What is finished where all records are believed: a manifest as it was published, the parts of this very run."""
+    manifest = folder / MANIFEST_NAME
+    sha256 = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None
+    return finished_rows(folder, recipe, sha256, believe_parts=True)
+
+
 @pytest.mark.parametrize("name", ["manifest.csv", "manifest.part-00000.csv", "manifest.part-00007.csv"])
 def test_a_recorded_image_of_the_right_size_is_finished(tmp_path, name):
     row = put(tmp_path, 4, 2, OPAQUE)
     record(tmp_path / name, row)
-    assert finished_rows(tmp_path, RECIPE) == [row]
+    assert finished(tmp_path) == [row]
 
 
 @pytest.mark.parametrize("name", ["manifest.txt", "manifest.part-00000.csv.bak", "user_04/manifest.csv"])
 def test_records_elsewhere_do_not_count(tmp_path, name):
     row = put(tmp_path, 4, 2, OPAQUE)
     record(tmp_path / name, row)
-    assert finished_rows(tmp_path, RECIPE) == []
+    assert finished(tmp_path) == []
 
 
 @pytest.mark.parametrize("data", [OPAQUE[:-1], OPAQUE + b"!", b""])
 def test_a_recorded_image_of_another_size_is_not_finished(tmp_path, data):
     record(tmp_path / MANIFEST_NAME, put(tmp_path, 4, 2, OPAQUE))
     put(tmp_path, 4, 2, data)
-    assert finished_rows(tmp_path, RECIPE) == []
+    assert finished(tmp_path) == []
 
 
 def test_a_recorded_image_that_is_missing_is_not_finished(tmp_path):
     rows = [put(tmp_path, 4, 2, OPAQUE), put(tmp_path, 4, 3, OPAQUE)]
     record(tmp_path / MANIFEST_NAME, *rows)
     (tmp_path / rows[0].file_name).unlink()
-    assert finished_rows(tmp_path, RECIPE) == [rows[1]]
+    assert finished(tmp_path) == [rows[1]]
 
 
 EDITS = {
@@ -348,32 +355,32 @@ EDITS = {
 def test_a_row_that_does_not_agree_with_the_plan_is_not_believed(tmp_path, name, value):
     row = put(tmp_path, 4, 2, OPAQUE)
     record(tmp_path / MANIFEST_NAME, replace(row, **{name: value}))
-    assert finished_rows(tmp_path, RECIPE) == []
+    assert finished(tmp_path) == []
 
 
 @pytest.mark.parametrize(("name", "value"), EDITS.items())
 def test_in_place_of_a_row_that_is_not_believed_the_image_speaks_for_itself(tmp_path, name, value):
     row = put(tmp_path, 4, 2)
     record(tmp_path / MANIFEST_NAME, replace(row, **{name: value}))
-    assert finished_rows(tmp_path, RECIPE) == [row]
+    assert finished(tmp_path) == [row]
 
 
 @pytest.mark.parametrize("change", [{"seed": 43}, {"num_inference_steps": 21}, {"conditioning": "random"}])
 def test_rows_of_another_recipe_are_not_believed(tmp_path, change):
     record(tmp_path / MANIFEST_NAME, put(tmp_path, 4, 2, OPAQUE))
-    assert finished_rows(tmp_path, replace(RECIPE, **change)) == []
+    assert finished(tmp_path, replace(RECIPE, **change)) == []
 
 
 def test_rows_given_twice_or_in_several_places_count_once(tmp_path):
     rows = [put(tmp_path, 4, 2, OPAQUE), put(tmp_path, 1, 0, OPAQUE)]
     record(tmp_path / MANIFEST_NAME, rows[0], rows[0], rows[1])
     record(tmp_path / "manifest.part-00000.csv", rows[0])
-    assert finished_rows(tmp_path, RECIPE) == [rows[1], rows[0]]
+    assert finished(tmp_path) == [rows[1], rows[0]]
 
 
 def test_an_unrecorded_image_that_explains_itself_is_adopted(tmp_path):
     row = put(tmp_path, 31, 4)
-    assert finished_rows(tmp_path, RECIPE) == [row]
+    assert finished(tmp_path) == [row]
 
 
 @pytest.mark.parametrize("key", list(text_by_definition(4, 2)))
@@ -381,32 +388,32 @@ def test_an_unrecorded_image_that_explains_itself_is_adopted(tmp_path):
 def test_an_unrecorded_image_of_another_origin_is_not_adopted(tmp_path, key, value):
     text = text_by_definition(4, 2)
     put(tmp_path, 4, 2, png({**text, key: value} if value is not None else {k: text[k] for k in text if k != key}))
-    assert finished_rows(tmp_path, RECIPE) == []
+    assert finished(tmp_path) == []
 
 
 def test_an_image_under_the_name_of_another_is_not_adopted(tmp_path):
     put(tmp_path, 4, 2, png(text_by_definition(4, 3)))
     put(tmp_path, 5, 2, png(text_by_definition(4, 2)))
-    assert finished_rows(tmp_path, RECIPE) == []
+    assert finished(tmp_path) == []
 
 
 @pytest.mark.parametrize("missing", [1, 4, 12, 16, 20, 60])
 def test_a_truncated_image_is_not_adopted(tmp_path, missing):
     put(tmp_path, 4, 2, png(text_by_definition(4, 2))[:-missing])
-    assert finished_rows(tmp_path, RECIPE) == []
+    assert finished(tmp_path) == []
 
 
 def test_an_image_in_other_pixels_than_its_checksum_says_is_not_adopted(tmp_path):
     data = png(text_by_definition(4, 2))
     at = data.index(b"IDAT") + 8
     put(tmp_path, 4, 2, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-    assert finished_rows(tmp_path, RECIPE) == []
+    assert finished(tmp_path) == []
 
 
 def test_images_that_nobody_asks_for_any_more_stay_in_the_dataset(tmp_path):
     rows = [put(tmp_path, 99, 100_000, OPAQUE), put(tmp_path, 12345, 7)]
     record(tmp_path / MANIFEST_NAME, rows[0])
-    assert finished_rows(tmp_path, RECIPE) == rows
+    assert finished(tmp_path) == rows
 
 
 def test_what_is_no_image_of_a_job_is_passed_over(tmp_path):
@@ -416,17 +423,73 @@ def test_what_is_no_image_of_a_job_is_passed_over(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
     (tmp_path / "user_04" / "generated_003.png").mkdir()
-    assert finished_rows(tmp_path, RECIPE) == [row]
+    assert finished(tmp_path) == [row]
 
 
 def test_a_link_that_leads_nowhere_is_no_image(tmp_path):
     row = put(tmp_path, 4, 2)
     (tmp_path / "user_04" / "generated_003.png").symlink_to("moved away.png")
+    assert finished(tmp_path) == [row]
+
+
+UNBELIEVED = pytest.mark.parametrize("name", ["manifest.csv", "manifest.part-00000.csv"])
+
+
+@UNBELIEVED
+def test_a_claim_is_believed_of_a_file_with_the_hash_it_names(tmp_path, name):
+    data = png({"Software": "no word of a run, so only the row can vouch for it"})
+    row = put(tmp_path, 4, 2, data)
+    record(tmp_path / name, row)
     assert finished_rows(tmp_path, RECIPE) == [row]
 
 
-def test_an_empty_folder_holds_nothing_finished(tmp_path):
+@UNBELIEVED
+def test_a_file_of_the_right_size_full_of_zeros_is_not_what_an_interrupted_run_claims(tmp_path, name):
+    row = put(tmp_path, 4, 2)
+    record(tmp_path / name, row)
+    (tmp_path / row.file_name).write_bytes(bytes(row.num_bytes))
     assert finished_rows(tmp_path, RECIPE) == []
+    assert finished(tmp_path) == [row]  # what size alone would say
+
+
+@pytest.mark.parametrize("change", [{"width": 2}, {"height": 33}, {"sha256": "0" * 64}])
+@UNBELIEVED
+def test_a_damaged_claim_is_put_right_by_the_image(tmp_path, name, change):
+    row = put(tmp_path, 4, 2)
+    record(tmp_path / name, replace(row, **change))
+    assert finished_rows(tmp_path, RECIPE) == [row]
+
+
+def test_a_manifest_of_another_hash_than_published_is_not_believed(tmp_path):
+    row = put(tmp_path, 4, 2)
+    record(tmp_path / MANIFEST_NAME, row)
+    published = hashlib.sha256((tmp_path / MANIFEST_NAME).read_bytes()).hexdigest()
+    record(tmp_path / MANIFEST_NAME, replace(row, width=2))
+    assert finished_rows(tmp_path, RECIPE, published) == [row]
+
+
+def test_the_good_one_of_two_claims_counts(tmp_path):
+    row = put(tmp_path, 4, 2, png({}))
+    record(tmp_path / "manifest.part-00000.csv", replace(row, sha256="0" * 64), row, replace(row, width=2))
+    assert finished_rows(tmp_path, RECIPE) == [row]
+
+
+def test_what_is_read_is_shown_and_what_is_believed_is_not_read(tmp_path):
+    believed, claimed = put(tmp_path, 4, 2, OPAQUE), put(tmp_path, 4, 3)
+    published = write_manifest(tmp_path, [believed])
+    record(tmp_path / "manifest.part-00000.csv", claimed)
+    shown = []
+
+    def track(rows, total):
+        shown.append(total)
+        return rows
+
+    assert finished_rows(tmp_path, RECIPE, published, track=track) == [believed, claimed]
+    assert shown == [1]
+
+
+def test_an_empty_folder_holds_nothing_finished(tmp_path):
+    assert finished(tmp_path) == []
 
 
 # Merging
@@ -436,7 +499,7 @@ def test_finished_rows_are_sorted_as_numbers(tmp_path):
     items = [(1000, 0), (100, 2), (99, 1), (2, 1000), (2, 999), (10, 0), (2, 0)]
     rows = {item: put(tmp_path, *item, OPAQUE) for item in items}
     record(tmp_path / "manifest.part-00000.csv", *rows.values())
-    write_manifest(tmp_path, finished_rows(tmp_path, RECIPE))
+    write_manifest(tmp_path, finished(tmp_path))
     assert list(read_rows(tmp_path / MANIFEST_NAME)) == [rows[item] for item in sorted(items)]
 
 
@@ -448,7 +511,7 @@ def test_the_manifest_is_the_same_whoever_did_what(tmp_path, num_processes):
         with PartWriter(part_path(tmp_path, process_index)) as part:
             for row in shuffled[process_index::num_processes]:
                 part.append(row)
-    write_manifest(tmp_path, finished_rows(tmp_path, RECIPE))
+    write_manifest(tmp_path, finished(tmp_path))
     assert (tmp_path / "manifest.csv").read_text() == HEADER + "\n" + "".join(line(row) for row in rows)
     assert not list(tmp_path.glob("manifest.part-*"))
 
@@ -456,9 +519,9 @@ def test_the_manifest_is_the_same_whoever_did_what(tmp_path, num_processes):
 def test_merging_again_changes_nothing(tmp_path):
     rows = [put(tmp_path, 1, 0, OPAQUE), put(tmp_path, 1, 1)]
     record(tmp_path / "manifest.part-00000.csv", rows[0])
-    write_manifest(tmp_path, finished_rows(tmp_path, RECIPE))
+    write_manifest(tmp_path, finished(tmp_path))
     once = files_in(tmp_path)
-    write_manifest(tmp_path, finished_rows(tmp_path, RECIPE))
+    write_manifest(tmp_path, finished(tmp_path))
     assert files_in(tmp_path) == once
 
 

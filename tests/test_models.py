@@ -68,12 +68,15 @@ def damage_truncated(folder):
 
 
 DAMAGES = {
-    "another shape": (damage_shape, r"has conv_in.weight with shape \[8, 5, 3, 3\], needed \[8, 4, 3, 3\]"),
-    "one missing": (damage_missing, "has no tensor conv_out.bias"),
+    "another shape": (
+        damage_shape,
+        r"has conv_in.weight with shape \[8, 5, 3, 3\], needed \[8, 4, 3, 3\] by its config.json",
+    ),
+    "one missing": (damage_missing, "has no tensor conv_out.bias, needed by its config.json"),
     "one too many": (damage_extra, "has a tensor class_embedding.weight that its config.json has no place for"),
     "NaN": (damage_nan, "holds NaN or infinity in conv_in.bias"),
-    "truncated": (damage_truncated, "cannot be loaded"),
-    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "unet"),
+    "truncated": (damage_truncated, "holds weights that cannot be read; a file of it is empty, cut short"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"holds no weights, needed: {WEIGHTS}"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
     "config is not JSON": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not JSON"),
     "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "is not a JSON object"),

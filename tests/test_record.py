@@ -66,6 +66,7 @@ def test_the_file_says_which_run_it_is_what_it_is_and_how_it_went():
         "identity": IDENTITY,
         "numerics": NUMERICS,
         "history": HISTORY,
+        "manifest_sha256": None,
     }
 
 
@@ -98,7 +99,7 @@ def test_a_damaged_record_is_refused_and_left_as_it_is(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"damaged") as raised:
         RunRecord.read(tmp_path)
-    assert str(raised.value) == f"{path} is damaged; restore it, or choose another folder"
+    assert str(raised.value) == f"{path} is damaged; restore it, or start again with --overwrite"
     assert path.read_bytes() == content
 
 
@@ -117,7 +118,10 @@ def test_an_edited_record_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="edited") as raised:
         RunRecord.read(tmp_path)
-    message = f"{path} was edited: its identity no longer has the hash that the images carry"
+    message = (
+        f"{path} was edited, its identity no longer has the hash that the images carry; restore it, or start again with "
+        "--overwrite"
+    )
     assert str(raised.value) == message
 
 

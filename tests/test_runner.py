@@ -210,7 +210,7 @@ def test_train_user_ids_give_user_3_the_second_row(checkpoint, tmp_path, capsys)
         (["--user_ids", "2-9", "--train_user_ids", 2, 4, 9], "--user_ids: 3 5-8 is out of range, this checkpoint has users 2 4 9"),
         (["--num_inference_steps", 1001], "--num_inference_steps: "),
         (["--num_users", 31], "--condition_encoder_path: "),
-        (["--scheduler_path", "nowhere"], "--scheduler_path: nowhere holds no scheduler_config.json"),
+        (["--scheduler_path", "nowhere"], "--scheduler_path: nowhere is not a folder"),
         (["--user_map", "nowhere.json"], "--user_map: "),
         (["--vae_path", "nowhere"], "--vae_path: nowhere is not a folder"),
         (["--unet_path", "nowhere"], "--unet_path: nowhere is not a folder"),
@@ -281,7 +281,7 @@ def test_images_without_a_record_are_not_touched(flags, tmp_path, capsys):
     (tmp_path / "user_01").mkdir()
     (tmp_path / "user_01" / "generated_000.png").write_bytes(b"somebody's")
     assert run_job(*flags, "--output_dir", tmp_path) == 2
-    assert "holds images but no run.json" in capsys.readouterr().err
+    assert "has no run.json but holds user_01/generated_000.png" in capsys.readouterr().err
     assert (tmp_path / "user_01" / "generated_000.png").read_bytes() == b"somebody's"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["user_01"]
 
@@ -306,7 +306,9 @@ def test_an_image_that_is_not_finite_is_not_saved_and_tried_again(flags, rows, t
     assert run_job(*job) == 1
     failed = json.loads((tmp_path / "out" / "run.json").read_text())["history"][-1]["failed"]
     assert len(failed) == len(calls)
-    assert capsys.readouterr().out.count("is not finite; the same command tries it again") == len(failed)
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Failed"))
+    names = ", ".join(f"user_{user_id:02d}/generated_{image_index:03d}.png" for user_id, image_index in failed)
+    assert said == f"Failed: {len(failed)} images are not finite; the same command tries again: {names}"
     assert len(rows(tmp_path / "out")) == 8 - len(failed)
     for user_id, image_index in failed:
         assert not (tmp_path / "out" / f"user_{user_id:02d}" / f"generated_{image_index:03d}.png").exists()
@@ -330,7 +332,9 @@ def test_an_image_that_vanishes_while_the_job_runs_is_not_called_done(flags, tmp
     assert run_job(*flags, "--num_images_per_user", 2, "--user_ids", 1, 2, "--output_dir", tmp_path) == 1
     out = capsys.readouterr().out
     assert "Done: 3 of 4 images" in out
-    assert "Failed: user_02/generated_001.png is gone or changed since it was written" in out
+    assert (
+        "Failed: 1 image is gone or changed since written; the same command makes up for it: user_02/generated_001.png"
+    ) in out
 
 
 def test_bf16_is_the_same_at_any_number_of_processes(flags, tmp_path, monkeypatch):
@@ -358,9 +362,11 @@ def test_a_disk_that_fails_is_one_line_and_loses_nothing(flags, reference, tmp_p
     monkeypatch.setattr(images, "publish", publish_until_full)
     assert run_job(*job) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
+    done = list(tmp_path.glob("user_*/*.png"))
+    assert len(done) >= 8
     assert error == (
-        "batch_generate.py: error: [Errno 28] No space left on device; what is done is kept, the same command goes on "
-        "from there"
+        f"batch_generate.py: error: --output_dir: No space left on device, make room; {len(done)} of 55 images are in "
+        f"{tmp_path}, the same command goes on from there"
     )
     assert json.loads((tmp_path / "run.json").read_text())["history"][-1]["state"] == "failed"
     monkeypatch.undo()

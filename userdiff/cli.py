@@ -4,11 +4,14 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from userdiff.config import UsageError, parse_args
+from userdiff.halting import Halted, Stopped
+
+_SAY_PATIENCE = 5  # seconds or so, for a store that may be gone
 
 _GENERATE_HELP = "generate a dataset: what batch_generate.py does, from anywhere (see `userdiff generate --help`)"
 
@@ -18,18 +21,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["generate"]:  # has a parser of its own
         return generate(argv[1:], prog="userdiff generate")
+    values = vars(_make_parser().parse_args(argv))
+    command, name = values.pop("command"), values.pop("name")
+    try:
+        return int(command(**values))
+    except (ValueError, OSError) as error:
+        return _say_error(f"userdiff {name}: error: {error}", 2)
+
+
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="userdiff", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(metavar="command", required=True)
+    commands = parser.add_subparsers(metavar="command", required=True, dest="name")
     commands.add_parser("generate", help=_GENERATE_HELP)
-    sub = commands.add_parser("preview", help="make preview.html again, and a picture of the dataset if asked for")
-    sub.add_argument("output_dir", type=Path, help="a dataset's folder")
+
+    def add(command: Callable[..., int], help_text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(command.__name__, help=help_text, description=command.__doc__)
+        sub.add_argument("output_dir", type=Path, help="a dataset's folder")
+        sub.set_defaults(command=command)
+        return sub
+
+    add(status, "how far a dataset is, user by user, and how its last run ended")
+    sub = add(verify, "compare a dataset's rows with its files; exit status 1 if anything is wrong")
+    sub.add_argument("--deep", action="store_true", help="read, hash and decode every image, not only its size")
+    add(merge, "put an interrupted run's part files into manifest.csv, without making the rest")
+    sub = add(preview, "make preview.html again, and a picture of the dataset if asked for")
     sub.add_argument("--picture", type=Path, help="also write this PNG: one row of images per user")
     sub.add_argument(
         "--columns", type=int, default=10, help="images of each user in the picture (default: %(default)s)"
     )
     sub.add_argument("--scale", type=int, default=2, help="enlargement in the picture (default: %(default)s)")
-    args = parser.parse_args(argv)
-    return preview(args.output_dir, args.picture, args.columns, args.scale)
+    return parser
 
 
 def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py") -> int:
@@ -48,33 +69,74 @@ def _generate(argv: Sequence[str] | None, prog: str) -> int:
     try:
         config = parse_args(argv, prog)
     except UsageError as error:
-        return _say_error(f"{prog}: error: {error}", 2)
+        return _say_error(f"{prog}: error: {error}", error.exit_status)
 
-    from userdiff.coordination import PeerFailed, Stopped  # torch takes seconds to load, --help must not
-    from userdiff.runner import run
+    from userdiff.runner import run  # torch takes seconds to load, --help must not
 
     try:
         return run(config)
     except UsageError as error:
-        return _say_error(f"{prog}: error: {error}", 2)
-    except OSError as error:
-        return _say_error(f"{prog}: error: {error}; what is done is kept, the same command goes on from there", 1)
-    except PeerFailed as error:
         return _say_error(f"{prog}: error: {error}", error.exit_status)
-    except Stopped as stop:
-        line = f"{prog}: {stop}; what is done is kept in {config.output_dir}, the same command goes on from there"
-        return _say_error(line, 128 + stop.signal_number)
+    except Halted as end:
+        error_mark = "" if isinstance(end, Stopped) else "error: "
+        progress = end.progress or f"what is done is kept in {config.output_dir}"
+        again = "the same command" + (", without --overwrite," if config.overwrite else "")
+        line = f"{prog}: {error_mark}{end}; {progress}, {again} goes on from there"
+        return _say_error(line, end.exit_status)
+
+
+def status(output_dir: Path) -> int:
+    """Say how far a dataset is and how its last run ended: images done, missing and failed, user by user."""
+    from userdiff import audit
+
+    found = audit.read_status(output_dir)
+    print(f"{output_dir}: {found.state}{f' ({found.detail})' if found.detail else ''}")
+    print(f"{'user':>8} {'done':>8} {'missing':>8} {'failed':>8}")
+    total = [0, 0, 0]
+    for user_id, wanted in found.wanted.items():
+        done, failed = found.done.get(user_id, 0), found.failed.get(user_id, 0)
+        numbers = [done, wanted - done, failed]
+        total = [a + b for a, b in zip(total, numbers, strict=True)]
+        print(f"{user_id:>8}", *(f"{number:>8}" for number in numbers))
+    print(f"{'all':>8}", *(f"{number:>8}" for number in total))
+    if found.beyond:
+        print(f"and {found.beyond} images beyond the last request")
+    return 0
+
+
+def verify(output_dir: Path, deep: bool = False) -> int:
+    """Compare a dataset's rows with its files: what is missing, changed, unrecorded, unmerged or foreign."""
+    from tqdm import tqdm
+
+    from userdiff import audit
+
+    def track(items: Iterable[Any], total: int) -> Iterable[Any]:
+        return tqdm(items, desc="Checking images", total=total, unit=" images", leave=False)
+
+    problems = audit.verify(output_dir, deep=deep, track=track)
+    for problem in problems:
+        print(f"{problem.kind:<10}  {problem.name}: {problem.what}")
+    what = "every image read" if deep else "sizes compared, contents not read"
+    print(f"{output_dir}: {len(problems)} problems ({what})" if problems else f"{output_dir}: all is well ({what})")
+    return 1 if problems else 0
+
+
+def merge(output_dir: Path) -> int:
+    """Put an interrupted run's part files into manifest.csv, as the next run would, without making the rest."""
+    from userdiff import audit
+
+    rows = audit.merge(output_dir)
+    print(f"{output_dir / 'manifest.csv'}: {len(rows)} images")
+    return 0
 
 
 def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, scale: int = 2) -> int:
     """Write a folder's `preview.html` from its manifest, and `picture` with the first `columns` images of each user."""
-    from userdiff import gallery, images, manifest  # Pillow and numpy, which --help can do without
+    from userdiff import gallery, images, manifest
 
     rows = list(manifest.read_rows(output_dir / manifest.MANIFEST_NAME))
     if not rows:
-        return _say_error(
-            f"userdiff preview: error: {output_dir} holds no {manifest.MANIFEST_NAME} with images in it", 2
-        )
+        raise ValueError(f"{output_dir} holds no {manifest.MANIFEST_NAME} with images in it")
     page = gallery.preview_page(output_dir.resolve().name, rows)
     images.publish(output_dir / gallery.PREVIEW_NAME, page.encode())
     print(output_dir / gallery.PREVIEW_NAME)
@@ -90,12 +152,14 @@ def _say_error(line: str, status: int) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         print(one_line, file=sys.stderr)
         return status
-    from torch.distributed import DistError
-
     from userdiff.coordination import connect
 
-    try:
-        connect(timeout=timedelta(seconds=5)).say_once(lambda: print(one_line, file=sys.stderr, flush=True))
-    except DistError:  # the launcher is gone, and with it whoever could agree on who speaks
+    def say() -> None:
         print(one_line, file=sys.stderr, flush=True)
+
+    try:
+        with connect(patience=_SAY_PATIENCE) as coordinator:
+            coordinator.say_once(say)
+    except Halted:  # the launcher is gone, and with it whoever could agree on who speaks
+        say()
     return status

@@ -1,8 +1,10 @@
 """The user condition: the encoder, its weights on disk, and which row of the embedding a user has."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 import torch
@@ -49,12 +51,13 @@ def load_condition_encoder(path: Path, num_users: int, embed_dim: int) -> UserCo
     """
     file = _weights_file(path)
     state = _state_dict(_read(file), file)
-    encoder = UserConditionEncoder(num_users, embed_dim)
+    with torch.device("meta"):  # takes no memory: a --num_users that is wrong may be huge
+        encoder = UserConditionEncoder(num_users, embed_dim)
     _check_fit(state, encoder.state_dict(), file)
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{file} holds NaN or infinity in {name}; the file is damaged or training diverged")
-    encoder.load_state_dict(state)
+    encoder.to_empty(device="cpu").load_state_dict(state)
     return encoder.eval()
 
 
@@ -73,7 +76,7 @@ def _weights_file(path: Path) -> Path:
             raise ValueError(f"{path} holds both {found[0].name} and {found[1].name}; name the file that is meant")
         if found:
             return found[0]
-        raise FileNotFoundError(f"{path} holds neither {candidates[0].name} nor {candidates[1].name}")
+        raise FileNotFoundError(f"{path} holds neither {candidates[0].name} nor {candidates[1].name}; name the file")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected {FILE_STEM}.pt, .safetensors or their folder")
     return path
@@ -99,10 +102,19 @@ def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and TRAINING_CHECKPOINT_KEY in content:
         content = content[TRAINING_CHECKPOINT_KEY]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{file} holds no state dict, nor one under {TRAINING_CHECKPOINT_KEY!r}")
+        raise ValueError(
+            f"{file} holds no state dict of a UserConditionEncoder, nor one under {TRAINING_CHECKPOINT_KEY!r}"
+        )
     if not content:
-        raise ValueError(f"{file} holds no tensors")
-    return {str(name).removeprefix("module."): tensor.float() for name, tensor in content.items()}
+        raise ValueError(f"{file} holds no tensors, needed: the state dict of a UserConditionEncoder")
+    for name, tensor in content.items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device.type}"
+            raise ValueError(f"{file} holds {name} as {kind}, needed: floating-point numbers, dense, stored")
+    state = {str(name).removeprefix("module."): tensor.float().contiguous() for name, tensor in content.items()}
+    if len(state) != len(content):
+        raise ValueError(f"{file} holds a tensor twice, needed: names all with module. in front, or all without")
+    return state
 
 
 def _check_fit(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], file: Path) -> None:
@@ -112,7 +124,8 @@ def _check_fit(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], file: 
             raise IncompatibleWeightsError(f"{file} has no tensor {name}, needed with shape {need}")
         if found[name].shape != tensor.shape:
             shape = list(found[name].shape)
-            hint = "; --num_users is the first of the two" if name == "user_embedding.weight" else ""
+            hint = "; of the two, --num_users is the first, the UNet's cross_attention_dim the second"
+            hint = hint if name == "user_embedding.weight" else ""
             raise IncompatibleWeightsError(f"{file} has {name} with shape {shape}, needed {need}{hint}")
     for name in found:
         if name not in needed:
@@ -137,18 +150,31 @@ def user_index_map(
 
 
 def _read_user_map(path: Path, num_users: int) -> dict[int, int]:
+    needed = 'needed: a JSON object of id to index, like {"17": 0, "23": 1}'
     try:
-        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)  # a dict would hide repeats
-        index_by_id = {int(user_id): index for user_id, index in pairs}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f'{path} is not a JSON object of id to index, like {{"17": 0, "23": 1}}') from error
-    if not index_by_id or len(index_by_id) != len(pairs):
-        raise ValueError(f"{path} names {'a user twice' if pairs else 'no users'}")
-    for user_id, index in index_by_id.items():
+        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=tuple)  # a dict would hide repeats
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON, {needed}") from error
+    if not isinstance(pairs, tuple):
+        raise ValueError(f"{path} holds {brief(pairs)}, {needed}")
+    if not pairs:
+        raise ValueError(f"{path} names no users, {needed}")
+    index_by_id: dict[int, int] = {}
+    user_of: dict[int, int] = {}
+    for text, index in pairs:
+        user_id = int(text) if re.fullmatch("[0-9]{1,19}", text) else 0
         if not 1 <= user_id < 2**63:
-            raise ValueError(f"{path} names user {user_id}; user ids are 1 to 2^63-1")
+            raise ValueError(f"{path} names user {brief(text)}, needed: a whole number from 1 to 2^63-1")
+        if user_id in index_by_id:
+            raise ValueError(f"{path} names user {user_id} twice, needed: each user once")
         if type(index) is not int or not 0 <= index < num_users:
             raise ValueError(
-                f"{path} gives user {user_id} the index {index!r}; --num_users {num_users} has 0 to {num_users - 1}"
+                f"{path} gives user {user_id} the index {brief(index)}; --num_users {num_users} has 0 to {num_users - 1}"
             )
+        if index in user_of:
+            raise ValueError(
+                f"{path} gives users {user_of[index]} and {user_id} the same index {index}, needed: one for each user"
+            )
+        index_by_id[user_id] = index
+        user_of[index] = user_id
     return dict(sorted(index_by_id.items()))

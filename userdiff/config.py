@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import difflib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
@@ -18,6 +20,7 @@ MAX_IMAGES_PER_USER = 2**32  # image seeds are one to one within a user up to he
 MODEL_FLAGS = ("vae_path", "unet_path", "condition_encoder_path", "num_users")
 
 _MAX_DIGITS = 4000  # Python refuses to read longer numbers
+_DASHES = "-\N{EN DASH}\N{EM DASH}"  # what a word processor makes of two hyphens, too
 
 _DESCRIPTION = """\
 Generate a labelled image dataset from a user-conditioned latent diffusion model. Without any model path, the bundled
@@ -31,22 +34,38 @@ The same command again continues where it was interrupted; what is there is kept
 
 
 class UsageError(Exception):
-    """Wrong arguments, model or output folder: the text is one line for the user, `<flag>: <what>`."""
+    """Wrong arguments, model or output folder: the text is one line for the user, `<flag>: <what>`.
+
+    What does not print, such as the line break in the name of a file, is written as an escape.
+    """
+
+    exit_status = 2
+
+    def __init__(self, text: str) -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
 @contextmanager
 def errors_of(flag: str) -> Iterator[None]:
-    """Turn what a library function says about bad input into a UsageError that names the flag it came by."""
+    """Turn what a library function says about bad input into a UsageError that names the flag it came by.
+
+    Where the operating system said it, of a file, what the flag's help says is needed is added.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        raise UsageError(f"{flag}: {error}") from error
+        what = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            helps = {f"--{declared.name}": declared.metadata["help"] for declared in dataclasses.fields(JobConfig)}
+            needed = helps[flag].partition(" (default: ")[0]
+            what = f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}), needed: {needed}"
+        raise UsageError(f"{flag}: {what}") from error
 
 
 def path(text: str) -> Path:
     """Parse a path for argparse; an empty one, as of a shell variable that is not set, would mean the current folder."""
     if not text:
-        raise argparse.ArgumentTypeError("'' is not a path")
+        raise argparse.ArgumentTypeError("'' is not a path; the current folder is .")
     return Path(text)
 
 
@@ -143,19 +162,14 @@ class JobConfig:
     )  # fmt: skip
 
     user_ids: tuple[int, ...] | None = _flag(
-        _WHAT,
-        "ids and ranges, such as 1 5 10-15 (default: all)",
-        None,
-        type=id_range,
-        nargs="+",
-        action="extend",
-        metavar="ID",
-    )
+        _WHAT, "ids and ranges, such as 1 5 10-15 (default: all)",
+        None, type=id_range, nargs="+", action="extend", metavar="ID",
+    )  # fmt: skip
     num_images_per_user: int = _flag(
         _WHAT, "images of each user, image_index 0 to N-1 (default: %(default)s)", 5, type=whole_number, metavar="N"
     )
     output_dir: Path = _flag(
-        _WHAT, "the dataset's folder, made if needed (default: ./%(default)s)", Path("generated_images"), type=path
+        _WHAT, "folder of the dataset, made if needed (default: ./%(default)s)", Path("generated_images"), type=path
     )
 
     num_inference_steps: int = _flag(_HOW, "DDIM steps (default: %(default)s)", 20, type=whole_number, metavar="N")
@@ -176,11 +190,13 @@ class JobConfig:
         None, type=whole_number, metavar="N",
     )  # fmt: skip
     mixed_precision: str | None = _flag(
-        _RUN,
-        "precision of the UNet and the VAE (default: the launcher's, else no)",
-        None,
-        choices=("no", "fp16", "bf16"),
-    )
+        _RUN, "precision of the UNet and the VAE (default: the launcher's, else no)",
+        None, choices=("no", "fp16", "bf16"),
+    )  # fmt: skip
+    overwrite: bool = _flag(
+        _RUN, "start again: first remove what a job wrote in the output folder, and nothing else (default: off)",
+        False, action="store_true",
+    )  # fmt: skip
     allow_tf32: bool = _flag(
         _RUN, "let float32 matrix products use TF32 on GPUs that have it (default: off)", False, action="store_true"
     )
@@ -198,11 +214,14 @@ class JobConfig:
         if self.batch_size is not None:
             self._check_range("batch_size", self.batch_size, 1, 2**16)
         if self.train_user_ids and self.user_map:
-            raise UsageError("--user_map: goes without --train_user_ids, both say which row a user has")
+            raise UsageError(
+                f"--user_map: {self.user_map} goes without --train_user_ids, both say which row a user has"
+            )
         if self.train_user_ids and len(self.train_user_ids) > self.num_users:
             raise UsageError(
                 f"--train_user_ids: {len(self.train_user_ids)} ids, but --num_users {self.num_users} has fewer rows"
             )
+        self._check_output_dir()
 
     @property
     def is_bundled(self) -> bool:
@@ -234,8 +253,18 @@ class JobConfig:
             if user_id > MAX_USER_ID:
                 raise UsageError(f"--{name}: {user_id} is out of range, user ids end at {MAX_USER_ID}")
             if user_id in seen:
-                raise UsageError(f"--{name}: {user_id} is given twice")
+                raise UsageError(f"--{name}: {user_id} is given twice, needed: each id once")
             seen.add(user_id)
+
+    def _check_output_dir(self) -> None:
+        """Find what no folder can be made of before the models are loaded, which may take minutes."""
+        with errors_of("--output_dir"):
+            for folder in (self.output_dir, *self.output_dir.parents):
+                if folder.is_dir():
+                    return
+                if os.path.lexists(folder):
+                    kind = "a link that leads nowhere" if folder.is_symlink() else "a file"
+                    raise ValueError(f"{folder} is {kind}, needed: a folder, or a path where one can be made")
 
 
 def bundled_model() -> dict[str, Any]:
@@ -247,7 +276,10 @@ def bundled_model() -> dict[str, Any]:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing usage and exiting: who prints, and when, is the caller's to say."""
-        raise UsageError(message.removeprefix("argument "))
+        flag, _, what = message.removeprefix("argument ").partition(": ")
+        if what.startswith("expected "):  # one argument, at least one argument
+            what = f"{what}; one that begins with - is written {flag}=-..."
+        raise UsageError(f"{flag}: {what.replace('ignored explicit argument', 'takes no value, got')}")
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
@@ -265,30 +297,45 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         default = None if declared.default is MISSING else declared.default
+        choices = options.pop("choices", None)  # JobConfig checks them, in the same words in every Python
+        if choices:
+            options["metavar"] = f"{{{','.join(choices)}}}"
         groups[group].add_argument(f"--{declared.name}", default=default, **options)
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None, prog: str = "batch_generate.py") -> JobConfig:
     """Turn a command line into a checked JobConfig; raises UsageError, and SystemExit(0) after --help."""
-    values = vars(make_parser(prog).parse_args(argv))
+    namespace, strangers = make_parser(prog).parse_known_args(argv)
+    if strangers:
+        raise UsageError(_no_such_flag(strangers[0]))
+    values = vars(namespace)
     for name in ("user_ids", "train_user_ids"):
         if values[name] is not None:
             values[name] = tuple(user_id for ids in values[name] for user_id in ids)
     return JobConfig(**_with_model(values))
 
 
+def _no_such_flag(token: str) -> str:
+    """Say of the first token that belongs to no flag what was probably meant."""
+    flag = token.partition("=")[0]
+    if flag.strip(_DASHES) == flag:
+        return f"{token!r}: no flag takes it; --help lists them"
+    typed = flag.strip(_DASHES).replace("-", "_").lower()
+    names = [declared.name for declared in dataclasses.fields(JobConfig)]
+    meant = [name for name in names if typed and name.startswith(typed)] or difflib.get_close_matches(typed, names, n=1)
+    return f"{flag}: no such flag; " + (f"did you mean --{meant[0]}?" if meant else "--help lists them")
+
+
 def _with_model(values: dict[str, Any]) -> dict[str, Any]:
     """Fill in the bundled model where no path is given; with some of the four given and some not, say which."""
     missing = [name for name in MODEL_FLAGS if values[name] is None]
-    if "num_users" not in missing and len(missing) == len(MODEL_FLAGS) - 1:
-        if values["num_users"] != BUNDLED_NUM_USERS:
+    if {*missing, "num_users"} == set(MODEL_FLAGS):  # no path
+        if values["num_users"] not in (None, BUNDLED_NUM_USERS):
             raise UsageError(
                 f"--num_users: {values['num_users']} without model paths; the bundled checkpoint has "
                 f"{BUNDLED_NUM_USERS} users, your own needs --vae_path, --unet_path and --condition_encoder_path"
             )
-        return {**values, **bundled_model()}
-    if len(missing) == len(MODEL_FLAGS):
         return {**values, **bundled_model()}
     if missing:
         flags = ", ".join(f"--{name}" for name in missing)

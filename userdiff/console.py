@@ -2,20 +2,26 @@
 
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from torch.distributed import DistError
 from tqdm import tqdm
 
 from userdiff.config import JobConfig, format_ids
 from userdiff.coordination import Coordinator
 from userdiff.gallery import PREVIEW_NAME
-from userdiff.images import file_name
+from userdiff.halting import Halted
+from userdiff.images import file_name, free_space
 from userdiff.loading import JobModel
-from userdiff.manifest import MANIFEST_NAME
+from userdiff.manifest import MANIFEST_NAME, Row
 from userdiff.planning import Plan
+
+_LISTED = 20  # images named one by one; more would bury what else is said
+
+Item = tuple[int, int]  # (user_id, image_index)
+T = TypeVar("T")
 
 
 def _say(line: str) -> None:
@@ -27,8 +33,8 @@ def _warn(line: str) -> None:
     tqdm.write(f"Warning: {line}", file=sys.stderr)
 
 
-def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int) -> None:
-    """Say what is about to be made, from what, by whom."""
+def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int, there: Sequence[Row]) -> None:
+    """Say what is about to be made, from what, by whom, and what it takes; `there` are the images that need no making."""
     if config.is_bundled:
         _say("Model: the bundled checkpoint, ten users, user k writes the digit k-1 (no model path was given)")
     if model.conditioning == "random":
@@ -49,11 +55,51 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int)
     )
     if 0 < plan.num_items < plan.batch_size and config.batch_size is None:
         _say(f"Note: {plan.num_items} images in batches of {plan.batch_size}; --batch_size {plan.num_items} would do")
+    _say_what_lies_beyond(plan, there)
+    _say_disk(config.output_dir, model, plan, there)
+
+
+def _say_what_lies_beyond(plan: Plan, rows: Sequence[Row]) -> None:
+    asked_for = set(plan.user_ids)
+    beyond = [r for r in rows if r.user_id not in asked_for or r.image_index >= plan.num_images_per_user]
+    if beyond:
+        users = format_ids({row.user_id for row in beyond})
+        _say(f"Beyond this request: {len(beyond)} images of users {users} are there too, and stay")
+
+
+def _say_disk(output_dir: Path, model: JobModel, plan: Plan, rows: Sequence[Row]) -> None:
+    if not plan.num_waiting:
+        return
+    size = sum(row.num_bytes for row in rows) / len(rows) if rows else model.uncompressed_bytes
+    about = "about" if rows else "at most"
+    needed, free, is_short = free_space(output_dir, plan.num_waiting, size)
+    _say(f"Disk: {about} {_bytes(needed)} to write, {_bytes(free)} free")
+    if is_short:
+        _warn_of_full_disk(output_dir, plan.num_waiting, about, needed, free)
+
+
+def _warn_of_full_disk(output_dir: Path, num_images: int, about: str, needed: float, free: float) -> None:
+    _warn(
+        f"{num_images} images take {about} {_bytes(needed)}, and {output_dir} has {_bytes(free)} free, or too few files; "
+        "a full disk stops the job, and what is made stays"
+    )
+
+
+def _bytes(number: float) -> str:
+    return f"{tqdm.format_sizeof(number, divisor=1000)}B"
+
+
+def show_reading(items: Iterable[T], total: int) -> Iterable[T]:
+    """Show a bar while files are read that no record vouches for."""
+    return tqdm(items, desc="Checking images", total=total, unit=" images", disable=total == 0, leave=False)
 
 
 @contextmanager
-def show_progress(plan: Plan, coordinator: Coordinator) -> Iterator[Callable[[], None]]:
-    """Show one bar for the whole job; the function given refreshes it and raises when the job is to end."""
+def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Iterator[Callable[[], None]]:
+    """Show one bar for the whole job; the function given refreshes it and raises when the job is to end.
+
+    Once there is a batch of images to judge by, a disk that will not hold the rest is said.
+    """
     done = plan.num_items - plan.num_waiting
     seconds = 0.2 if sys.stderr.isatty() else 10.0
     with tqdm(
@@ -65,24 +111,38 @@ def show_progress(plan: Plan, coordinator: Coordinator) -> Iterator[Callable[[],
         dynamic_ncols=True,
         disable=plan.num_waiting == 0,
     ) as bar:
-        shown = time.monotonic()
+        shown, is_judged = time.monotonic(), False
 
         def refresh() -> None:
-            nonlocal shown
+            nonlocal shown, is_judged
             coordinator.check()
-            if time.monotonic() - shown >= seconds:
-                bar.n, shown = done + coordinator.count_published(0), time.monotonic()
-                bar.refresh()
+            if time.monotonic() - shown < min(seconds, 1.0):
+                return
+            shown = time.monotonic()
+            num_images, num_bytes = coordinator.published()
+            bar.update(done + num_images - bar.n)  # shows itself every `mininterval`
+            if not is_judged and num_images >= min(plan.batch_size, plan.num_waiting):
+                is_judged = True
+                left = plan.num_waiting - num_images
+                needed, free, is_short = free_space(output_dir, left, num_bytes / num_images)
+                if is_short:
+                    _warn_of_full_disk(output_dir, left, "about", needed, free)
 
         try:
             yield refresh
         finally:
-            with suppress(DistError):  # a launcher that was killed took its store along
-                bar.n = done + coordinator.count_published(0)
+            with suppress(Halted):  # the store may be gone
+                bar.n = done + coordinator.published()[0]
 
 
 def conclude(
-    config: JobConfig, model: JobModel, plan: Plan, entry: dict[str, Any], not_finite: Collection[tuple[int, int]]
+    config: JobConfig,
+    model: JobModel,
+    plan: Plan,
+    entry: dict[str, Any],
+    *,
+    not_finite: Collection[Item],
+    flat: Sequence[Item],
 ) -> None:
     """Say what came of it and where to look; `entry` is the run's in the record's history."""
     failed = entry["failed"]
@@ -90,13 +150,24 @@ def conclude(
         f"Done: {plan.num_items - len(failed)} of {plan.num_items} images in {config.output_dir}, {entry['published']} "
         "of them made now"
     )
-    for item in failed:
-        what = "is not finite" if item in not_finite else "is gone or changed since it was written"
-        _say(f"Failed: {file_name(*item)} {what}; the same command tries it again")
+    bad = [item for item in failed if item in not_finite]
+    gone = [item for item in failed if item not in not_finite]
+    _list("Failed", bad, "not finite; the same command tries again")
+    _list("Failed", gone, "gone or changed since written; the same command makes up for it")
+    if flat:
+        _list("Warning", flat, "one single colour, which a model seldom means")
     if model.conditioning == "random":
         _warn_of_random_conditioning(config)
     _say(f"Labels: {config.output_dir / MANIFEST_NAME}")
     _say(f"Look at it: {config.output_dir / PREVIEW_NAME}")
+
+
+def _list(title: str, items: Sequence[Item], what: str) -> None:
+    if not items:
+        return
+    names = ", ".join(file_name(*item) for item in items[:_LISTED])
+    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    _say(f"{title}: {len(items)} {'image is' if len(items) == 1 else 'images are'} {what}: {names}{more}")
 
 
 def warn_of_numerics(name: str, before: object, after: object) -> None:

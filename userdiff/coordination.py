@@ -1,53 +1,43 @@
 """What processes tell each other, through a c10d store and nothing else: no collective can time out on a long job.
 
 The store carries the frozen plan, the counter from which each process takes its next batch, progress, failed images,
-and the one reason to halt. Every wait polls, so that signals are seen: `wait` and `get` on a TCPStore hold them back.
+a sign of life from everyone, and the one reason to halt.
 """
 
 import json
 import os
+import queue
 import signal
+import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import suppress
 from datetime import timedelta
-from types import FrameType
+from functools import partial
+from typing import Any, TypeVar
 
 from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 
+from userdiff.halting import Failed, Halted, Interrupt, Stopped, launcher_is_gone
+
 POLL_SECONDS = 0.05
+PULSE_SECONDS = 1.0
+LOST_AFTER_PULSES = 60  # of our own: a process that was itself suspended has not waited
 CONNECT_TIMEOUT = timedelta(seconds=60)
 
-
-class Halted(Exception):
-    """The job ends early."""
+T = TypeVar("T")
 
 
-class Stopped(Halted):
-    """A signal asked for it; what is done is kept."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.signal_number = signal_number
-
-
-class PeerFailed(Halted):
-    """Another process failed; the text is its cause, and every process leaves with the exit status it named."""
-
-    def __init__(self, cause: str, exit_status: int) -> None:
-        super().__init__(cause)
-        self.exit_status = exit_status
-
-
-def connect(
-    pending_signal: Callable[[], int | None] = lambda: None, timeout: timedelta = CONNECT_TIMEOUT
-) -> "Coordinator":
+def connect(interrupt: Interrupt | None = None, patience: int = LOST_AFTER_PULSES) -> "Coordinator":
     """Join the job as the process that the launcher says this is, or as the only one."""
     process_index, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    return Coordinator(open_store(num_processes, timeout), process_index, num_processes, pending_signal)
+    return Coordinator(partial(open_store, num_processes), process_index, num_processes, interrupt, patience)
 
 
-def open_store(num_processes: int, timeout: timedelta = CONNECT_TIMEOUT) -> Store:
+def open_store(num_processes: int) -> Store:
     """Open the job's store: in memory for one process, else on the launcher's own address and port.
 
     The launcher's store outlives a group of processes that it restarts, so the restart count is part of every key.
@@ -55,132 +45,250 @@ def open_store(num_processes: int, timeout: timedelta = CONNECT_TIMEOUT) -> Stor
     if num_processes == 1:
         return HashStore()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    run_id, restart = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"userdiff/{run_id}/{restart}", store)
+    store = TCPStore(host, port, is_master=False, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
+    return PrefixStore(f"userdiff/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{restart_count()}", store)
 
 
-@contextmanager
-def pending_signal() -> Iterator[Callable[[], int | None]]:
-    """Note SIGINT and SIGTERM instead of dying of them; the function given tells which has come, if any.
+def restart_count() -> int:
+    """How often the launcher has restarted this group of processes after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
-    A process whose launcher is gone counts as told to terminate: nobody else would.
+
+class _Line:
+    """The one thread that talks to the store, so that nobody else waits for an answer without bound.
+
+    A TCPStore whose machine vanished never answers, nor even opens (tried), and whoever waits in it sees no signal.
     """
-    came: list[int] = []
-    parent = os.getppid()
-    has_launcher = "LOCAL_RANK" in os.environ
 
-    def note(signal_number: int, frame: FrameType | None) -> None:
-        came.append(signal_number)
+    def __init__(self, open_store: Callable[[], Store], pulse: Callable[[Store], None], patience: int) -> None:
+        self._open_store = open_store
+        self._pulse = pulse
+        self._patience = patience
+        self._broken: DistError | None = None
+        self._requests: queue.SimpleQueue[tuple[Future[Any], Callable[[Store], Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="store", daemon=True).start()
 
-    def first_signal() -> int | None:
-        if has_launcher and os.getppid() != parent:
-            came.append(signal.SIGTERM)
-        return came[0] if came else None
+    def ask(self, operation: Callable[[Store], T]) -> T:
+        """Do something with the store; raises DistError where it is gone or does not answer."""
+        answer: Future[T] = Future()
+        self._requests.put((answer, operation))
+        for _ in range(self._patience):
+            if self._broken:  # once for all: nobody waits again for what has not answered
+                raise self._broken
+            with suppress(NotYet):
+                return answer.result(timeout=PULSE_SECONDS)
+        self._broken = DistError(f"no answer for {self._patience * PULSE_SECONDS:.0f} s")
+        raise self._broken
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield first_signal
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def close(self) -> None:
+        """Let the thread end; asking is an error from here on."""
+        self._broken = self._broken or DistError("closed")
+        self._requests.put(None)
+
+    def _serve(self) -> None:
+        store, next_pulse = None, 0.0
+        while True:
+            if store is not None and time.monotonic() >= next_pulse:
+                self._pulse(store)
+                next_pulse = time.monotonic() + PULSE_SECONDS
+            try:
+                request = self._requests.get(timeout=PULSE_SECONDS)
+            except queue.Empty:
+                continue
+            if request is None:
+                return
+            answer, operation = request
+            try:
+                store = store or self._open_store()
+                answer.set_result(operation(store))
+            except Exception as error:
+                answer.set_exception(error)
 
 
 class Coordinator:
-    """One process's end of the store."""
+    """One process's end of the store. Leaving its `with` block by an exception halts the others."""
 
     def __init__(
         self,
-        store: Store,
+        open_store: Callable[[], Store],
         process_index: int,
         num_processes: int,
-        pending_signal: Callable[[], int | None] = lambda: None,
+        interrupt: Interrupt | None = None,
+        patience: int = LOST_AFTER_PULSES,
     ) -> None:
         self.process_index = process_index
         self.num_processes = num_processes
-        self._store = store
-        self._pending_signal = pending_signal
+        self.interrupt = interrupt or Interrupt()
+        self._parent = os.getppid()
+        self._last_beats: dict[int, tuple[int, int]] = {}  # process -> its count, our pulses since it changed
+        self._line = _Line(open_store, self._pulse, patience)
+        self._ask(lambda store: store.set(f"host/{process_index}", socket.gethostname()))
 
     @property
     def is_main_process(self) -> bool:
         """Whether this process plans, merges and speaks."""
         return self.process_index == 0
 
-    def check(self) -> None:
-        """Raise Stopped or PeerFailed if the job is to end early, and let the others know. Cheap: ask often."""
-        signal_number = self._pending_signal()
-        if signal_number is not None:
-            self.halt(signal_number=signal_number)
-        if self._store.check(["halt"]):
-            reason = json.loads(self._store.get("halt"))
-            if reason["signal_number"] is not None:
-                raise Stopped(reason["signal_number"])
-            raise PeerFailed(reason["cause"], reason["exit_status"])
+    def __enter__(self) -> "Coordinator":  # noqa: PYI034 - typing.Self is newer than Python 3.10
+        return self
 
-    def halt(self, cause: str = "", signal_number: int | None = None, exit_status: int = 1) -> None:
-        """Tell every process to end; the first reason given is the one that counts."""
-        reason = json.dumps({"cause": cause, "signal_number": signal_number, "exit_status": exit_status})
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        with suppress(Halted):  # the store may be gone
+            if error is not None:
+                self.halt(error)
+            self._ask(lambda store: store.set(f"left/{self.process_index}", ""))
+        self._line.close()
+
+    # Ending
+
+    def check(self) -> None:
+        """Raise Stopped or Failed if the job is to end early, and let the others know. Cheap: ask often."""
         try:
-            self._store.compare_set("halt", "", reason)
-        except DistError as error:  # the launcher took its store along: as good as a stop
-            raise Stopped(signal_number or signal.SIGTERM) from error
+            self.interrupt.check()
+        except Halted as reason:
+            self.halt(reason)
+            raise
+
+    def halt(self, error: BaseException) -> None:
+        """Tell every process to end; the first reason given is the one that counts."""
+        reason = {
+            "signal_number": error.signal_number if isinstance(error, Stopped) else None,
+            "cause": f"process {self.process_index} on {socket.gethostname()}: {error or type(error).__name__}",
+            "exit_status": getattr(error, "exit_status", 1),
+        }
+        self._ask(lambda store: store.compare_set("halt", "", json.dumps(reason)))
+
+    def wait_until_left(self, seconds: float) -> None:
+        """Wait until the other processes have left, but not longer than this."""
+        keys = [f"left/{index}" for index in range(self.num_processes) if index != self.process_index]
+        deadline = time.monotonic() + seconds
+        with suppress(Halted):
+            while time.monotonic() < deadline and not self._ask(lambda store: store.check(keys)):
+                time.sleep(POLL_SECONDS)
+
+    # The plan and its batches
 
     def publish_plan(self, run: str, plan: bytes) -> None:
         """Hand the frozen plan to every process, with the identity hash it was made for (main process)."""
-        self._store.set("plan", run.encode() + b"\n" + plan)  # type: ignore[arg-type] # torch stub: bytes go too
+        self._ask(lambda store: store.set("plan", run.encode() + b"\n" + plan))  # type: ignore[arg-type] # bytes go too
 
     def receive_plan(self) -> tuple[str, bytes]:
         """Wait for the identity hash and the frozen plan."""
-        self._wait_until(lambda: bool(self._store.check(["plan"])))
-        run, _, plan = bytes(self._store.get("plan")).partition(b"\n")
+        self._wait_until(lambda store: bool(store.check(["plan"])))
+        run, _, plan = self._ask(lambda store: bytes(store.get("plan"))).partition(b"\n")
         return run.decode(), plan
 
     def next_batch(self) -> int:
         """Claim the next batch: 0, 1, 2, ... each given to one process alone."""
-        return int(self._store.add("next_batch", 1)) - 1
-
-    def count_published(self, number: int = 1) -> int:
-        """Add to the images published by all processes in this run, and give their number; 0 just asks."""
-        return int(self._store.add("published", number))
-
-    def report_failed(self, user_id: int, image_index: int) -> None:
-        """Note an image that could not be made."""
-        key = int(self._store.add("num_failed", 1)) - 1
-        self._store.set(f"failed/{key}", json.dumps([user_id, image_index]))
-
-    def failed(self) -> list[tuple[int, int]]:
-        """Collect the images that any process could not make, sorted. Complete once `wait_for_all` has returned."""
-        keys = range(int(self._store.add("num_failed", 0)))
-        items = [json.loads(self._store.get(f"failed/{key}")) for key in keys]
-        return sorted((user_id, image_index) for user_id, image_index in items)
+        return self._add("next_batch", 1) - 1
 
     def finish(self) -> None:
         """Say that this process has nothing left to compute or write."""
-        self._store.add("finished", 1)
+        self._add("finished", 1)
 
     def wait_for_all(self, on_poll: Callable[[], None]) -> None:
         """Wait until every process has finished, asking `on_poll` in between."""
 
-        def all_finished() -> bool:
-            on_poll()
-            return int(self._store.add("finished", 0)) >= self.num_processes
+        def all_finished(store: Store) -> bool:
+            return int(store.add("finished", 0)) >= self.num_processes
 
-        self._wait_until(all_finished)
+        self._wait_until(all_finished, on_poll)
+
+    # Progress and failures
+
+    def count_published(self, num_images: int, num_bytes: int) -> None:
+        """Add to what all processes have published in this run."""
+        self._add("published_bytes", num_bytes)
+        self._add("published", num_images)
+
+    def published(self) -> tuple[int, int]:
+        """Give the number of images that all processes have published in this run, and of their bytes."""
+        return self._add("published", 0), self._add("published_bytes", 0)
+
+    def report_failed(self, user_id: int, image_index: int) -> None:
+        """Note an image that could not be made."""
+        key = self._add("num_failed", 1) - 1
+        self._ask(lambda store: store.set(f"failed/{key}", json.dumps([user_id, image_index])))
+
+    def failed(self) -> list[tuple[int, int]]:
+        """Collect the images that any process could not make, sorted. Complete once `wait_for_all` has returned."""
+        keys = [f"failed/{key}" for key in range(self._add("num_failed", 0))]
+        items = [json.loads(self._ask(lambda store, key=key: store.get(key))) for key in keys]  # type: ignore[misc]
+        return sorted((user_id, image_index) for user_id, image_index in items)
 
     def say_once(self, say: Callable[[], None], patience_seconds: float = 30) -> None:
         """Have the main process say something before any process leaves; another one says it if the main cannot."""
         if self.is_main_process:
             say()
-            self._store.set("said", "")
+            self._ask(lambda store: store.set("said", ""))
             return
         give_up = time.monotonic() + patience_seconds
-        while not self._store.check(["said"]):
+        while not self._ask(lambda store: store.check(["said"])):
             if time.monotonic() > give_up:
                 say()
                 return
             time.sleep(POLL_SECONDS)
 
-    def _wait_until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
+    # The store
+
+    def _ask(self, operation: Callable[[Store], T]) -> T:
+        try:
+            return self._line.ask(operation)
+        except DistError as error:
+            raise self._contact_lost(error) from error
+
+    def _add(self, key: str, number: int) -> int:
+        return self._ask(lambda store: int(store.add(key, number)))
+
+    def _wait_until(self, condition: Callable[[Store], bool], on_poll: Callable[[], None] = lambda: None) -> None:
+        while not self._ask(condition):
             self.check()
+            on_poll()
             time.sleep(POLL_SECONDS)
+
+    def _contact_lost(self, error: DistError) -> Halted:
+        """Tell why the store is gone: it lives and dies with the launcher, ours or that of the first machine."""
+        deadline = time.monotonic() + 1  # its connections close a moment before its children become orphans
+        while time.monotonic() < deadline:
+            if launcher_is_gone(self._parent):
+                return Stopped(signal.SIGTERM)
+            time.sleep(POLL_SECONDS)
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return Failed(f"lost contact with the launcher on {address} ({str(error).splitlines()[0]})")
+
+    def _pulse(self, store: Store) -> None:
+        """Give a sign of life, look for one from the others, and hear of a reason to end."""
+        if self.interrupt.reason is not None:
+            return  # on the way out
+        try:
+            if launcher_is_gone(self._parent):
+                self.interrupt.set(Stopped(signal.SIGTERM))
+            store.add(f"beat/{self.process_index}", 1)
+            for other in range(1, self.num_processes) if self.is_main_process else [0]:
+                if other != self.process_index and self._is_lost(store, other):
+                    seconds = LOST_AFTER_PULSES * PULSE_SECONDS
+                    cause = f"process {other} on {_host(store, other)} has given no sign of life for {seconds:.0f} s"
+                    reason = {"signal_number": None, "cause": cause, "exit_status": 1}
+                    store.compare_set("halt", "", json.dumps(reason))
+            if store.check(["halt"]):
+                self.interrupt.set(_halted(json.loads(store.get("halt"))))
+        except DistError as error:
+            self.interrupt.set(self._contact_lost(error))
+
+    def _is_lost(self, store: Store, other: int) -> bool:
+        beat = int(store.add(f"beat/{other}", 0))
+        before, silent = self._last_beats.get(other, (beat, 0))
+        silent = silent + 1 if beat == before else 0
+        self._last_beats[other] = beat, silent
+        return silent >= LOST_AFTER_PULSES and not store.check([f"left/{other}"])
+
+
+def _halted(reason: dict[str, Any]) -> Halted:
+    if reason["signal_number"] is not None:
+        return Stopped(reason["signal_number"])
+    return Failed(reason["cause"], reason["exit_status"])
+
+
+def _host(store: Store, process_index: int) -> str:
+    key = f"host/{process_index}"
+    return store.get(key).decode() if store.check([key]) else "an unknown machine"

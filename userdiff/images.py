@@ -1,11 +1,14 @@
 """Images on disk: where they lie, what their PNG says of itself, and how they get there whole."""
 
 import io
+import math
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from types import TracebackType
@@ -16,8 +19,12 @@ from PIL import Image, PngImagePlugin
 
 _FILE_NAME = re.compile(r"user_(\d{2,})/generated_(\d{3,})\.png")
 _TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+FOLDER_NAME = re.compile(r"user_\d{2,}")
+RUN_CHUNK = "userdiff_run"
+DRAIN_SECONDS = 5.0
 
 
 def file_name(user_id: int, image_index: int) -> str:
@@ -41,6 +48,13 @@ def image_files(output_dir: Path) -> Iterator[tuple[int, int]]:
                 yield item
 
 
+def user_files(output_dir: Path) -> Iterator[Path]:
+    """Find everything that lies in user folders, whosever it is, but temporaries."""
+    for folder in sorted(output_dir.glob("user_*")):
+        if FOLDER_NAME.fullmatch(folder.name) and folder.is_dir():
+            yield from (path for path in sorted(folder.iterdir()) if not _TEMPORARY.fullmatch(path.name))
+
+
 def remove_temporaries(output_dir: Path) -> None:
     """Remove what a killed job was just writing. Only for the one who holds the folder's lock."""
     for path in [*output_dir.glob(".*.tmp-*"), *output_dir.glob("user_*/.*.tmp-*")]:
@@ -62,23 +76,44 @@ def encode_png(pixels: NDArray[np.uint8], text: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def read_png(path: Path) -> tuple[tuple[int, int], dict[str, str]]:
+def decode_png(data: bytes) -> tuple[tuple[int, int], dict[str, str]]:
     """Decode a PNG whole and give its (width, height) and text chunks; raises OSError where it is not intact.
 
     Intact: every chunk has its checksum, all pixels decode, and the file ends with the end chunk, which Pillow alone
     would not miss.
     """
-    data = path.read_bytes()
     try:
         Image.open(io.BytesIO(data), formats=["PNG"]).verify()
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             image.load()
             size, text = image.size, dict(getattr(image, "text", {}))
     except Exception as error:  # Pillow has many words for a broken PNG
-        raise OSError(f"{path} is not an intact PNG") from error
+        raise OSError("not an intact PNG") from error
     if not data.endswith(_PNG_END):
-        raise OSError(f"{path} is cut short")
+        raise OSError("a PNG cut short")
     return size, text
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    """Read (width, height) off a PNG's first chunk; raises OSError where it has none."""
+    if data[:8] != _PNG_START or data[12:16] != b"IHDR":
+        raise OSError("not a PNG")
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def read_text_chunks(path: Path) -> dict[str, str] | None:
+    """Read what a PNG says of itself, without its pixels; None where it cannot be read as a PNG."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return dict(getattr(image, "text", {}))
+    except Exception:  # Pillow has many words for a broken PNG
+        return None
+
+
+def is_flat(path: Path) -> bool:
+    """Whether an image has one single colour."""
+    with Image.open(path) as image:
+        return all(low == high for low, high in np.atleast_2d(image.getextrema()))
 
 
 def publish(path: Path, data: bytes) -> None:
@@ -89,7 +124,7 @@ def publish(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     try:
-        with open(temporary, "xb") as file:
+        with errors_naming(path), open(temporary, "xb") as file:
             file.write(data)
         os.replace(temporary, path)
     except BaseException:
@@ -97,15 +132,38 @@ def publish(path: Path, data: bytes) -> None:
         raise
 
 
+@contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """Let an OSError name `path`: a failed write names no file, a failed open one that the user never saw."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def free_space(output_dir: Path, num_files: int, bytes_per_file: float) -> tuple[float, float, bool]:
+    """Give the bytes that so many files take, the bytes free, and whether space or number of files falls short.
+
+    A file takes whole blocks. A quota shows in none of this.
+    """
+    disk = os.statvfs(output_dir)
+    needed = num_files * math.ceil(bytes_per_file / disk.f_frsize) * disk.f_frsize
+    free = disk.f_bavail * disk.f_frsize
+    too_many = disk.f_files > 0 and disk.f_favail < num_files  # some file systems do not count files
+    return needed, free, needed > free or too_many
+
+
 class WriterPool:
     """A bounded pool of writer threads; the first failure is raised, with its cause, to whoever submits or closes.
 
     At most `max_pending` tasks are waiting or under way; `submit` blocks when there are more, so memory stays flat
-    when the disk is slower than the model. Leaving the `with` block waits for all of them.
+    when the disk is slower than the model. Leaving the `with` block waits for all of them; by an exception, no longer
+    than DRAIN_SECONDS for those that have not begun.
     """
 
     def __init__(self, num_threads: int, max_pending: int) -> None:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="writer")
+        self._max_pending = max_pending
         self._free = BoundedSemaphore(max_pending)
         self._lock = Lock()
         self._error: BaseException | None = None
@@ -119,11 +177,16 @@ class WriterPool:
         self._executor.submit(task).add_done_callback(self._finished)
 
     def _finished(self, future: "Future[object]") -> None:
-        error = future.exception()
+        error = None if future.cancelled() else future.exception()
         if error is not None:
             with self._lock:  # so that nothing takes the first error's place
                 self._error = self._error or error
         self._free.release()
+
+    def _drain(self, deadline: float) -> None:
+        for _ in range(self._max_pending):
+            if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                return
 
     def __enter__(self) -> "WriterPool":  # noqa: PYI034 - typing.Self is newer than Python 3.10
         return self
@@ -131,6 +194,8 @@ class WriterPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._executor.shutdown(wait=True)
+        if error is not None:
+            self._drain(time.monotonic() + DRAIN_SECONDS)
+        self._executor.shutdown(wait=True, cancel_futures=error is not None)
         if error is None and self._error is not None:
             raise self._error

@@ -16,7 +16,9 @@ from userdiff.conditioning import (
 )
 from userdiff.config import JobConfig, UsageError, errors_of, format_ids
 from userdiff.record import identity_hash, make_identity
+from userdiff.sampling import latents_shape
 
+MAX_JOB_IMAGES = 10**8  # the plan of so many takes gigabytes
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -37,6 +39,13 @@ class JobModel:
     """What decides the pixels, for `run.json`."""
 
     @property
+    def uncompressed_bytes(self) -> int:
+        """Of one image."""
+        _, height, width = latents_shape(self.unet)
+        enlargement = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return int(height * width * enlargement**2 * self.vae.config.out_channels)
+
+    @property
     def run(self) -> str:
         """The identity hash."""
         return identity_hash(self.identity)
@@ -48,8 +57,7 @@ def load_model(config: JobConfig, device: torch.device, precision: str) -> JobMo
     _check_precision(precision, device)
     with errors_of("--scheduler_path"):
         scheduler = models.ddim_scheduler(models.load_noise_scheduler(config.scheduler_path))
-    with errors_of("--num_inference_steps"):
-        scheduler.set_timesteps(config.num_inference_steps)
+    _check_steps(config.num_inference_steps, scheduler)
     with errors_of("--vae_path"):
         vae = models.load_vae(config.vae_path)
     with errors_of("--unet_path"):
@@ -99,7 +107,28 @@ def _user_index(config: JobConfig) -> dict[int, int]:
         raise UsageError(
             f"--user_ids: {format_ids(unknown)} is out of range, this checkpoint has users {format_ids(user_index)}"
         )
+    num_images = len(config.user_ids or user_index) * config.num_images_per_user
+    if num_images > MAX_JOB_IMAGES:
+        raise UsageError(
+            f"--num_images_per_user: {config.num_images_per_user} are {num_images} images of all users, needed: at most "
+            f"{MAX_JOB_IMAGES} in one job; the same folder takes the rest of the --user_ids in another"
+        )
     return user_index
+
+
+def _check_steps(num_inference_steps: int, scheduler: DDIMScheduler) -> None:
+    steps = scheduler.config.num_train_timesteps
+    if num_inference_steps > steps:
+        raise UsageError(
+            f"--num_inference_steps: {num_inference_steps} is out of range, needed: 1 to {steps}, the steps of training"
+        )
+    scheduler.set_timesteps(num_inference_steps)
+    first, last = int(scheduler.timesteps.max()), int(scheduler.timesteps.min())
+    if not 0 <= last <= first < steps:
+        raise UsageError(
+            f"--num_inference_steps: {num_inference_steps} asks for the steps {first} to {last} of training, needed: "
+            f"{steps - 1} to 0; fewer, or another steps_offset in --scheduler_path"
+        )
 
 
 def _check_precision(precision: str, device: torch.device) -> None:

@@ -4,15 +4,18 @@ import csv
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from userdiff import images
 from userdiff.planning import item_seed
 
 MANIFEST_NAME = "manifest.csv"
+READER_THREADS = 8
 _PART_NAME = re.compile(r"manifest\.part-\d{5,}\.csv")
 CONDITIONINGS = ("trained", "random")
 
@@ -39,6 +42,12 @@ class Row:
 
 COLUMNS = tuple(field.name for field in fields(Row))
 _INTEGERS = frozenset(field.name for field in fields(Row) if field.type is int)
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+Item = tuple[int, int]
+"""(user_id, image_index)"""
+Track = Callable[[Iterable[Any], int], Iterable[Any]]
+"""Passes on what it is given, showing how many of so many have come."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +61,16 @@ class Recipe:
     run: str
     """The identity hash."""
 
+    @classmethod
+    def of(cls, identity: Mapping[str, Any], run: str) -> "Recipe":
+        """Read the recipe off an identity and its hash, as `run.json` has them."""
+        return cls(
+            seed=identity["seed"],
+            num_inference_steps=identity["num_inference_steps"],
+            conditioning=identity.get("conditioning", "trained"),
+            run=run,
+        )
+
     def text_chunks(self, user_id: int, image_index: int) -> dict[str, str]:
         """Give what the PNG of an image says of itself."""
         return {
@@ -60,7 +79,7 @@ class Recipe:
             "seed": str(item_seed(self.seed, user_id, image_index)),
             "num_inference_steps": str(self.num_inference_steps),
             "conditioning": self.conditioning,
-            "userdiff_run": self.run,
+            images.RUN_CHUNK: self.run,
         }
 
     def row(self, user_id: int, image_index: int, size: tuple[int, int], png: bytes) -> Row:
@@ -75,7 +94,7 @@ class Recipe:
             width=size[0],
             height=size[1],
             num_bytes=len(png),
-            sha256=hashlib.sha256(png).hexdigest(),
+            sha256=sha256(png),
         )
 
     def agrees(self, row: Row) -> bool:
@@ -98,17 +117,23 @@ def part_paths(output_dir: Path) -> list[Path]:
     return sorted(path for path in output_dir.glob("manifest.part-*.csv") if _PART_NAME.fullmatch(path.name))
 
 
+def num_part_rows(output_dir: Path) -> int:
+    """Count the images that an unfinished run has noted so far."""
+    return sum(max(path.read_bytes().count(b"\n") - 1, 0) for path in part_paths(output_dir))
+
+
 class PartWriter:
     """One process's part of the manifest: rows appended as their images are published, each flushed."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._lock = Lock()  # rows come from several writer threads
         self._file = open(path, "w", encoding="utf-8", newline="")  # noqa: SIM115 - closed by __exit__
         self._file.write(_line(COLUMNS))
 
     def append(self, row: Row) -> None:
         """Note a published image."""
-        with self._lock:
+        with self._lock, images.errors_naming(self._path):
             self._file.write(_line(astuple(row)))
             self._file.flush()
 
@@ -116,7 +141,8 @@ class PartWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
+        with images.errors_naming(self._path):
+            self._file.close()
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -140,49 +166,97 @@ def _parse(line: str) -> Row | None:
         row = Row(*(int(v) if c in _INTEGERS else v for c, v in zip(COLUMNS, values, strict=True)))  # type: ignore[arg-type]
     except ValueError:
         return None
-    well_formed = row.conditioning in CONDITIONINGS and len(row.sha256) == 64 and _line(astuple(row)) == line
+    well_formed = row.conditioning in CONDITIONINGS and _SHA256.fullmatch(row.sha256) and _line(astuple(row)) == line
     return row if well_formed and row.user_id >= 1 and row.image_index >= 0 else None
 
 
-def finished_rows(output_dir: Path, recipe: Recipe) -> list[Row]:
+def recorded_rows(
+    output_dir: Path, manifest_sha256: str | None = None, *, believe_parts: bool = False
+) -> tuple[dict[Item, Row], dict[Item, list[Row]]]:
+    """Read what is recorded of each image: the rows to be believed, and those that are claims.
+
+    A manifest that has the hash it was published with is believed; one that has not was damaged or edited. So are
+    the parts of the run that asks; those of an interrupted one may stand for files that a power cut has emptied.
+    """
+    believed: dict[Item, Row] = {}
+    claims: dict[Item, list[Row]] = {}
+    path = output_dir / MANIFEST_NAME
+    is_believed = manifest_sha256 is not None and file_sha256(path) == manifest_sha256
+    for source, is_sure in [(path, is_believed), *((part, believe_parts) for part in part_paths(output_dir))]:
+        for row in read_rows(source):
+            if is_sure:
+                believed[row.user_id, row.image_index] = row
+            else:
+                claims.setdefault((row.user_id, row.image_index), []).append(row)
+    return believed, claims
+
+
+def finished_rows(
+    output_dir: Path,
+    recipe: Recipe,
+    manifest_sha256: str | None = None,
+    *,
+    believe_parts: bool = False,
+    track: Track = lambda rows, _: rows,
+) -> list[Row]:
     """Collect one row for every finished image in the folder, sorted by (user_id, image_index).
 
-    Finished: a row that agrees with the recipe and a file of the row's size; or, without such a row, a PNG that
-    decodes whole and whose text chunks are those the recipe gives it.
+    Finished: a row that is believed (`recorded_rows` tells which) and agrees with the recipe, and a file of the row's
+    size. Any other file is read: it is finished if it has the size and hash that a row claims, or if it decodes whole
+    and its text chunks are those the recipe gives it. `track` is shown the files that are read.
     """
-    rows: dict[tuple[int, int], Row] = {}
-    recorded = {
-        (row.user_id, row.image_index, row.num_bytes): row
-        for path in [output_dir / MANIFEST_NAME, *part_paths(output_dir)]
-        for row in read_rows(path)
-        if recipe.agrees(row)
-    }
-    for user_id, image_index in images.image_files(output_dir):
-        path = output_dir / images.file_name(user_id, image_index)
-        row = recorded.get((user_id, image_index, path.stat().st_size)) or _adopt(path, user_id, image_index, recipe)
-        if row is not None:
-            rows[user_id, image_index] = row
-    return [rows[item] for item in sorted(rows)]
+    believed, claims = recorded_rows(output_dir, manifest_sha256, believe_parts=believe_parts)
+    rows: dict[Item, Row | None] = {}
+    unproven: list[Item] = []
+    for item in images.image_files(output_dir):
+        row = believed.get(item)
+        if row and recipe.agrees(row) and row.num_bytes == (output_dir / row.file_name).stat().st_size:
+            rows[item] = row
+        else:
+            unproven.append(item)
+
+    def prove(item: Item) -> Row | None:
+        return _proven(output_dir, recipe, item, claims.get(item, ()))
+
+    with ThreadPoolExecutor(READER_THREADS) as readers:
+        rows.update(zip(unproven, track(readers.map(prove, unproven), len(unproven)), strict=True))
+    return [row for item in sorted(rows) if (row := rows[item])]
 
 
-def _adopt(path: Path, user_id: int, image_index: int, recipe: Recipe) -> Row | None:
+def _proven(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) -> Row | None:
+    """Read a file and give its row, if it is what a row claims or what the recipe makes."""
+    path = output_dir / images.file_name(*item)
     try:
-        size, text = images.read_png(path)
-        if text == recipe.text_chunks(user_id, image_index):
-            return recipe.row(user_id, image_index, size, path.read_bytes())
+        data = path.read_bytes()
+        for claim in claims:
+            if recipe.agrees(claim) and claim == recipe.row(*item, size=images.png_size(data), png=data):
+                return claim
+        size, text = images.decode_png(data)
     except OSError:
-        pass  # truncated, or not ours: it is made again
-    return None
+        return None  # unreadable, truncated or not a PNG: it is made again
+    return recipe.row(*item, size=size, png=data) if text == recipe.text_chunks(*item) else None
 
 
-def write_manifest(output_dir: Path, rows: Iterable[Row]) -> None:
-    """Publish `manifest.csv` with these rows, then remove the parts that went into it."""
+def write_manifest(output_dir: Path, rows: Iterable[Row]) -> str:
+    """Publish `manifest.csv` with these rows, then remove the parts that went into it; gives the file's SHA-256."""
     parts = part_paths(output_dir)
     buffer = io.StringIO()
     buffer.writelines([_line(COLUMNS), *(_line(astuple(row)) for row in rows)])
-    images.publish(output_dir / MANIFEST_NAME, buffer.getvalue().encode())
+    data = buffer.getvalue().encode()
+    images.publish(output_dir / MANIFEST_NAME, data)
     for path in parts:
-        path.unlink()
+        path.unlink(missing_ok=True)
+    return sha256(data)
+
+
+def sha256(data: bytes) -> str:
+    """Hash the content of a file, as the rows do."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str | None:
+    """Hash a file; None where there is none."""
+    return sha256(path.read_bytes()) if path.is_file() else None
 
 
 def _line(values: Iterable[object]) -> str:

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 RECORD_NAME = "run.json"
 LOCK_NAME = ".userdiff.lock"
+LOCK_SECONDS = 1.0  # whoever just looks whether a folder is held has it for an instant
 
 
 @dataclass(kw_only=True)
@@ -26,6 +27,8 @@ class RunRecord:
     """What may change their last bits: batch size, device, threads, library versions."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry a run, oldest first: when, by how many processes, what was asked for, how it ended."""
+    manifest_sha256: str | None = None
+    """Of the manifest as it was last published: one with another hash was damaged or edited since."""
 
     @property
     def run(self) -> str:
@@ -43,15 +46,19 @@ class RunRecord:
         try:
             content = json.loads(path.read_bytes())
             record = cls(**{key: content[key] for key in ("identity", "numerics", "history")})
+            record.manifest_sha256 = content.get("manifest_sha256")
             kinds = [type(value) for value in (record.identity, record.numerics, record.history)]
             if kinds != [dict, dict, list] or not isinstance(record.numerics["batch_size"], int):
                 raise TypeError(kinds)
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged; restore it, or choose another folder") from error
+            raise ValueError(f"{path} is damaged; restore it, or start again with --overwrite") from error
         if content.get("run") != record.run:
-            raise ValueError(f"{path} was edited: its identity no longer has the hash that the images carry")
+            raise ValueError(
+                f"{path} was edited, its identity no longer has the hash that the images carry; restore it, or start "
+                "again with --overwrite"
+            )
         return record
 
 
@@ -84,7 +91,7 @@ def folder_lock(output_dir: Path) -> Iterator[None]:
     A lock of the operating system: a killed job leaves none behind.
     """
     path = output_dir / LOCK_NAME
-    lock = FileLock(path, timeout=0, fallback_to_soft=False)
+    lock = FileLock(path, timeout=LOCK_SECONDS, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout as error:
@@ -95,6 +102,20 @@ def folder_lock(output_dir: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # while held: whoever opened it meanwhile finds it gone and opens anew
         lock.release()
+
+
+def lock_holder(output_dir: Path) -> str | None:
+    """Who holds a folder now; None where nobody does, whatever a killed job left lying there."""
+    path = output_dir / LOCK_NAME
+    if not path.exists():
+        return None
+    try:
+        with FileLock(path, timeout=0, fallback_to_soft=False):
+            return None
+    except Timeout:
+        return _holder(path)
+    except OSError:  # not ours to try, so no job of ours
+        return None
 
 
 def _holder(path: Path) -> str:

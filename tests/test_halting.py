@@ -1,0 +1,66 @@
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from userdiff.halting import Failed, Interrupt, Stopped, deadly_interrupt
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_and_the_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with Interrupt().listen() as interrupt:
+        interrupt.check()
+        os.kill(os.getpid(), number)
+        with pytest.raises(Stopped) as raised:
+            interrupt.check()
+        assert raised.value.exit_status == 128 + number
+    assert signal.getsignal(number) is before
+
+
+def test_the_first_signal_counts():
+    with Interrupt().listen() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert str(interrupt.reason) == "stopped by SIGINT"
+
+
+def test_work_that_can_be_thrown_away_is_left_at_once_and_the_rest_is_not():
+    steps = []
+    with Interrupt().listen() as interrupt:
+        with pytest.raises(Stopped), interrupt.abandonable():
+            steps.append("computing")
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(10**6):
+                pass
+            steps.append("computed")
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one does not tear what follows
+        steps.append("written")
+        with pytest.raises(Stopped), interrupt.abandonable():
+            steps.append("computing again")
+    assert steps == ["computing", "written"]
+
+
+def test_a_reason_from_another_thread_reaches_the_main_one_in_the_midst_of_its_work():
+    with Interrupt().listen() as interrupt:
+        threading.Timer(0.2, interrupt.set, args=(Failed("process 3: the disk is full"),)).start()
+        with pytest.raises(Failed, match="process 3: the disk is full"), interrupt.abandonable():
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                pass
+
+
+def test_a_reason_that_comes_late_kills_nobody():
+    with Interrupt().listen() as interrupt:
+        pass
+    interrupt.set(Failed("too late"))
+    time.sleep(0.1)
+
+
+def test_ctrl_c_is_deadly_only_for_a_while():
+    before = signal.getsignal(signal.SIGINT)
+    with deadly_interrupt():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,0 +1,214 @@
+"""What a dataset's folder holds, against what its records say."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from userdiff import images, manifest
+from userdiff.config import id_range
+from userdiff.manifest import Item, Recipe, Row, Track
+from userdiff.record import RECORD_NAME, RunRecord, folder_lock, lock_holder
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+
+
+# Status --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Status:
+    """How far a dataset is."""
+
+    state: str
+    """`running`, `complete`, `incomplete`, `killed`, `stopped by signal N` or `failed`; of the last run."""
+    detail: str
+    """Who is running it, or what it failed of; may be empty."""
+    wanted: dict[int, int]
+    """User id -> images that the last run was asked for."""
+    done: dict[int, int]
+    """User id -> how many of them have a row and a file of the row's size."""
+    failed: dict[int, int]
+    """User id -> how many of the others the last run could not make."""
+    beyond: int
+    """Images that are there and were not asked for by the last run."""
+
+
+def read_status(output_dir: Path) -> Status:
+    """Read how far a dataset is, from its records and the sizes of its files; raises ValueError where there is none."""
+    run_record = _record(output_dir)
+    entry: dict[str, Any] = run_record.history[-1] if run_record.history else {}
+    user_ids = [i for text in entry.get("user_ids", "").split() for i in id_range(text)]
+    limit = entry.get("num_images_per_user", 0)
+    wanted = dict.fromkeys(user_ids, limit)
+    items = {
+        (row.user_id, row.image_index)
+        for row in _rows(output_dir, Recipe.of(run_record.identity, run_record.run))
+        if _size(output_dir / row.file_name) == row.num_bytes
+    }
+    done = Counter(user_id for user_id, image_index in items if user_id in wanted and image_index < limit)
+    failed = Counter(user_id for user_id, image_index in entry.get("failed", []) if (user_id, image_index) not in items)
+    is_complete = sum(done.values()) == sum(wanted.values())
+    state, detail = _state(entry, lock_holder(output_dir), is_complete=is_complete)
+    beyond = len(items) - sum(done.values())
+    return Status(state=state, detail=detail, wanted=wanted, done=done, failed=failed, beyond=beyond)
+
+
+def _state(entry: dict[str, Any], holder: str | None, *, is_complete: bool) -> tuple[str, str]:
+    if holder:
+        return "running", holder
+    state = entry.get("state", "running")
+    if state == "running":
+        return "killed", ""  # it could not say more, and holds no lock any longer
+    if state == "ended":
+        return ("complete" if is_complete else "incomplete"), ""
+    return state, entry.get("cause") or ""
+
+
+# Verification --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Problem:
+    """Something in a folder that is not as its records say."""
+
+    kind: str
+    """`missing`, `changed`, `unrecorded`, `unmerged` or `foreign`."""
+    name: str
+    """A path relative to the folder, with `/`."""
+    what: str
+
+
+def verify(output_dir: Path, *, deep: bool = False, track: Track = lambda rows, _: rows) -> list[Problem]:
+    """Compare the rows of a dataset with its files by size; `deep`: by hash, decoding every image.
+
+    Raises ValueError where there is no dataset. A folder without `run.json` is compared with its manifest alone.
+    """
+    run_record = RunRecord.read(output_dir)
+    if run_record is None and not (output_dir / manifest.MANIFEST_NAME).is_file():
+        raise ValueError(f"{output_dir} holds no dataset: neither {RECORD_NAME} nor {manifest.MANIFEST_NAME}")
+    recipe = Recipe.of(run_record.identity, run_record.run) if run_record else None
+    rows = {(row.user_id, row.image_index): row for row in _rows(output_dir, recipe)}
+    problems = [*_manifest_problems(output_dir, run_record), *_strangers(output_dir, rows)]
+    with ThreadPoolExecutor(manifest.READER_THREADS) as readers:
+        check = _deep_problem if deep else _problem
+        found = readers.map(lambda row: check(output_dir, row), rows.values())
+        problems += [problem for problem in track(found, len(rows)) if problem]
+    if run_record:
+        status = read_status(output_dir)
+        recorded = Counter(user_id for user_id, image_index in rows if image_index < status.wanted.get(user_id, 0))
+        problems += [
+            Problem(
+                "missing", f"user_{user_id:02d}", f"{number - recorded[user_id]} of {number} images were never made"
+            )
+            for user_id, number in status.wanted.items()
+            if recorded[user_id] < number
+        ]
+    return sorted(problems)
+
+
+def _manifest_problems(output_dir: Path, run_record: RunRecord | None) -> Iterator[Problem]:
+    path = output_dir / manifest.MANIFEST_NAME
+    sha256 = manifest.file_sha256(path)
+    if sha256 is None:
+        yield Problem("missing", manifest.MANIFEST_NAME, "the manifest is gone")
+    elif run_record and run_record.manifest_sha256 not in (None, sha256):
+        yield Problem("changed", manifest.MANIFEST_NAME, "the manifest is not as it was published")
+    if lock_holder(output_dir) is None:
+        for part in manifest.part_paths(output_dir):
+            yield Problem("unmerged", part.name, "rows of an interrupted run")
+
+
+def _strangers(output_dir: Path, rows: dict[Item, Row]) -> Iterator[Problem]:
+    """Find what no row speaks of: in user folders, and at the top what loaders would take for a class or an image."""
+    for path in images.user_files(output_dir):
+        name = path.relative_to(output_dir).as_posix()
+        item = images.parse_file_name(name)
+        if item is None:
+            yield Problem("foreign", name, "not an image of a job")
+        elif item not in rows:
+            is_own = images.RUN_CHUNK in (images.read_text_chunks(path) or {})
+            yield Problem("unrecorded" if is_own else "foreign", name, "no row in the manifest")
+    for path in output_dir.iterdir():
+        is_user = images.FOLDER_NAME.fullmatch(path.name)
+        if not is_user and (path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES):
+            yield Problem("foreign", path.name, "loaders take it for a class" if path.is_dir() else "hides all labels")
+
+
+def _problem(output_dir: Path, row: Row) -> Problem | None:
+    size = _size(output_dir / row.file_name)
+    if size is None:
+        return Problem("missing", row.file_name, "the file is gone")
+    if size != row.num_bytes:
+        return Problem("changed", row.file_name, f"{size} bytes, its row says {row.num_bytes}")
+    return None
+
+
+def _deep_problem(output_dir: Path, row: Row) -> Problem | None:
+    """Read an image: its hash, its pixels, and what it says of itself."""
+    shallow = _problem(output_dir, row)
+    if shallow:
+        return shallow
+    try:
+        data = (output_dir / row.file_name).read_bytes()
+        size, text = images.decode_png(data)
+    except OSError as error:
+        return Problem("changed", row.file_name, str(error))
+    if manifest.sha256(data) != row.sha256 or size != (row.width, row.height):
+        return Problem("changed", row.file_name, "its content is not what its row says")
+    said = (text.get("user_id"), text.get("image_index"), text.get("seed"))
+    if said != (str(row.user_id), str(row.image_index), str(row.seed)):
+        return Problem("changed", row.file_name, "it says to be another image")
+    return None
+
+
+# Merging, and what is seldom meant -----------------------------------------------------------------------------------
+
+
+def merge(output_dir: Path, track: Track = lambda rows, _: rows) -> list[Row]:
+    """Put an interrupted run's parts into the manifest, as the next run would; raises ValueError without a dataset."""
+    _record(output_dir)
+    with folder_lock(output_dir):
+        run_record = _record(output_dir)  # as it is now that nobody else writes it
+        recipe = Recipe.of(run_record.identity, run_record.run)
+        rows = manifest.finished_rows(output_dir, recipe, run_record.manifest_sha256, track=track)
+        run_record.manifest_sha256 = manifest.write_manifest(output_dir, rows)
+        images.publish(output_dir / RECORD_NAME, run_record.to_bytes())
+    return rows
+
+
+def flat_images(output_dir: Path, rows: Iterable[Row]) -> list[Item]:
+    """Find the images of one single colour. Only files no larger than such an image can be are opened."""
+    limits: dict[tuple[int, int], float] = {}
+    flat: list[Item] = []
+    for row in rows:
+        size = (row.width, row.height)
+        if size not in limits:
+            black = np.zeros((row.height, row.width, 4), np.uint8)
+            limits[size] = 1.5 * len(images.encode_png(black, dict.fromkeys(manifest.COLUMNS[:6], "0" * 64)))
+        if row.num_bytes <= limits[size] and images.is_flat(output_dir / row.file_name):
+            flat.append((row.user_id, row.image_index))
+    return flat
+
+
+def _record(output_dir: Path) -> RunRecord:
+    run_record = RunRecord.read(output_dir)
+    if run_record is None:
+        raise ValueError(f"{output_dir} holds no dataset: no {RECORD_NAME}")
+    return run_record
+
+
+def _rows(output_dir: Path, recipe: Recipe | None) -> Sequence[Row]:
+    sources = [output_dir / manifest.MANIFEST_NAME, *manifest.part_paths(output_dir)]
+    return [row for path in sources for row in manifest.read_rows(path) if recipe is None or recipe.agrees(row)]
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

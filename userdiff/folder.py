@@ -1,0 +1,182 @@
+"""The output folder as a job finds and leaves it: locked, its record checked, started again, its history kept."""
+
+import errno
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from userdiff import console, images, manifest, record
+from userdiff.config import JobConfig, UsageError, errors_of, format_ids
+from userdiff.coordination import Coordinator
+from userdiff.gallery import PREVIEW_NAME
+from userdiff.halting import Failed, Halted, Stopped
+from userdiff.planning import Plan
+from userdiff.record import RunRecord
+
+LEAVE_SECONDS = 7.0  # for the others to write what they have computed, when a job ends early
+_BRIEF = 12  # characters of a value in a message
+
+
+@contextmanager
+def open_folder(config: JobConfig, identity: dict[str, Any], user_ids: Collection[int]) -> Iterator[RunRecord | None]:
+    """Make the folder if needed, hold its lock, and give the record it has, if any.
+
+    Raises UsageError where it holds images of another identity or of nobody knows what. With --overwrite those of
+    a job are removed first, and all it recorded; a folder begun anew has no record.
+    """
+    with ExitStack() as held:
+        with errors_of("--output_dir"):
+            config.output_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(record.folder_lock(config.output_dir))
+        if config.overwrite:
+            _start_again(config, user_ids)
+            yield None
+            return
+        with errors_of("--output_dir"):
+            old = RunRecord.read(config.output_dir)
+        if old is None:
+            _refuse_foreign(config.output_dir, record.identity_hash(identity))
+        else:
+            _refuse_other_identity(config, old, identity)
+        yield old
+
+
+def _refuse_foreign(output_dir: Path, run: str | None = None) -> None:
+    """Raise UsageError where user folders hold anything but this run's images (of any run, without `run`)."""
+    for path in images.user_files(output_dir):
+        name = path.relative_to(output_dir).as_posix()
+        text = images.read_text_chunks(path) if images.parse_file_name(name) else None
+        made_by = (text or {}).get(images.RUN_CHUNK)
+        if made_by is None:
+            raise UsageError(
+                f"--output_dir: {output_dir} has no {record.RECORD_NAME} but holds {name}, which no job is known to have "
+                "made; use another folder, or move it away"
+            )
+        if run not in (None, made_by):
+            raise UsageError(
+                f"--output_dir: {output_dir} has no {record.RECORD_NAME} but holds {name}, made with another model or "
+                "other settings; use another folder, or start again with --overwrite"
+            )
+
+
+def _refuse_other_identity(config: JobConfig, old: RunRecord, identity: dict[str, Any]) -> None:
+    changed = list(record.differences(old.identity, identity))
+    if changed:
+        fields = "; ".join(f"{name} was {_brief(before)}, is {_brief(after)}" for name, before, after in changed)
+        raise UsageError(
+            f"--output_dir: {config.output_dir} holds images made otherwise ({fields}); use another folder, or start "
+            "again with --overwrite"
+        )
+
+
+def _brief(value: Any) -> str:
+    text = "default" if value is None else str(value)
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."  # of a hash, enough to tell it from another
+
+
+def _start_again(config: JobConfig, user_ids: Collection[int]) -> None:
+    """Remove what a job wrote, by its records and by the images' own text chunks, and nothing else."""
+    output_dir = config.output_dir
+    is_recorded = (output_dir / record.RECORD_NAME).exists()
+    if not is_recorded:
+        _refuse_foreign(output_dir)
+    believed, claims = manifest.recorded_rows(output_dir)
+    own: list[Path] = []
+    for item in images.image_files(output_dir):
+        path = output_dir / images.file_name(*item)
+        text = images.read_text_chunks(path)
+        if item in believed or item in claims or text is None or images.RUN_CHUNK in text:
+            own.append(path)
+        elif item[0] in user_ids and item[1] < config.num_images_per_user:
+            raise UsageError(
+                f"--overwrite: {path} was not made by a job, but an image of this one goes there; move it away"
+            )
+    with errors_of("--output_dir"):
+        for path in own:
+            path.unlink()
+        images.remove_temporaries(output_dir)
+        for folder in {path.parent for path in own}:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        for path in [output_dir / manifest.MANIFEST_NAME, *manifest.part_paths(output_dir), output_dir / PREVIEW_NAME]:
+            path.unlink(missing_ok=True)
+        (output_dir / record.RECORD_NAME).unlink(missing_ok=True)  # last: until then the folder is known for a job's
+
+
+def new_record(identity: dict[str, Any], numerics: dict[str, Any], old: RunRecord | None) -> RunRecord:
+    """Make a run's record. It keeps the numerics that the folder began with; those of every run are in its history."""
+    for name, before, after in record.differences(old.numerics if old else numerics, numerics):
+        console.warn_of_numerics(name, before, after)
+    return RunRecord(identity=identity, numerics=old.numerics if old else numerics, history=old.history if old else [])
+
+
+@contextmanager
+def history_entry(
+    config: JobConfig, run_record: RunRecord, numerics: dict[str, Any], plan: Plan, coordinator: Coordinator
+) -> Iterator[dict[str, Any]]:
+    """Keep `run.json` true while a run goes on: it says `running`, then how the run ended.
+
+    When it ends early, the other processes get a moment to write what they have computed; an OSError goes on as Failed.
+    """
+    entry: dict[str, Any] = {
+        "started": _now(),
+        "ended": None,
+        "state": "running",
+        "cause": None,
+        "num_processes": coordinator.num_processes,
+        "user_ids": format_ids(plan.user_ids),
+        "num_images_per_user": plan.num_images_per_user,
+        "numerics": numerics,
+        "published": 0,
+        "failed": [],
+    }
+
+    def publish() -> None:
+        images.publish(config.output_dir / record.RECORD_NAME, run_record.to_bytes())
+
+    def note_early_end(error: BaseException) -> None:
+        with suppress(Halted):  # the store may be gone
+            coordinator.halt(error)
+            coordinator.wait_until_left(LEAVE_SECONDS)
+        entry["state"] = f"stopped by signal {error.signal_number}" if isinstance(error, Stopped) else "failed"
+        entry["cause"] = None if isinstance(error, Stopped) else str(error) or type(error).__name__
+        entry["published"] = manifest.num_part_rows(config.output_dir)
+        entry["ended"] = _now()
+        if isinstance(error, Halted):
+            done = plan.num_items - plan.num_waiting + entry["published"]
+            error.progress = f"{done} of {plan.num_items} images are in {config.output_dir}"
+        with suppress(OSError):  # the disk may be what it ends of; `running` without a holder says enough
+            publish()
+
+    run_record.history.append(entry)
+    try:
+        publish()
+        yield entry
+        entry["state"], entry["ended"], entry["published"] = "ended", _now(), coordinator.published()[0]
+        publish()
+    except OSError as error:
+        failed = disk_failure(error)
+        note_early_end(failed)
+        raise failed from error
+    except BaseException as error:
+        note_early_end(error)
+        raise
+
+
+def disk_failure(error: OSError) -> Failed:
+    """Say what a file system refused, where, and what would help."""
+    remedy = {
+        errno.ENOSPC: "make room",
+        errno.EDQUOT: "make room, or have the quota raised",
+        errno.EROFS: "have it mounted for writing",
+        errno.EACCES: "have it made writable",
+        errno.EPERM: "have it made writable",
+    }.get(error.errno or 0, "see to the disk")
+    where = f" ({error.filename})" if error.filename else ""
+    return Failed(f"--output_dir: {error.strerror or error}{where}, {remedy}")
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,107 @@
+"""Why a job ends before it is done, and how the process that computes learns of it: signals, above all."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Halted(Exception):
+    """The job ends early; what is done is kept."""
+
+    exit_status = 1
+    progress = ""
+    """How much is done, where the main process could still tell."""
+
+
+class Stopped(Halted):
+    """A signal asked for it."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number
+        self.exit_status = 128 + signal_number
+
+
+class Failed(Halted):
+    """Something went wrong, here or in another process; the text is its cause.
+
+    Every process leaves with the same exit status, since a launcher reports that of whichever leaves first.
+    """
+
+    def __init__(self, cause: str, exit_status: int = 1) -> None:
+        super().__init__(cause)
+        self.exit_status = exit_status
+
+
+class Interrupt:
+    """The first reason for this process to end, whoever brings it: a signal, or a thread that heard of it."""
+
+    def __init__(self) -> None:
+        self.reason: Halted | None = None
+        self._may_raise = False
+        self._listening = False
+        self._lock = threading.Lock()  # no signal is sent once the handlers are gone
+
+    def check(self) -> None:
+        """Raise the reason, if there is one."""
+        if self.reason is not None:
+            raise self.reason
+
+    def set(self, reason: Halted) -> None:
+        """Bring a reason, from any thread; the first counts."""
+        self.reason = self.reason or reason
+        with self._lock:
+            if self._listening:  # have `_on_signal` called there, whatever that thread waits in
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    @contextmanager
+    def listen(self) -> Iterator["Interrupt"]:
+        """Take SIGINT and SIGTERM for reasons, instead of dying of them."""
+        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self._listening = True
+        try:
+            yield self
+        finally:
+            with self._lock:
+                self._listening = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def abandonable(self) -> Iterator[None]:
+        """Raise the reason at any instant within this block, for work that can be thrown away.
+
+        A single pass of a large model takes longer than a job may take to stop.
+        """
+        self._may_raise = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._may_raise = False
+
+    def _on_signal(self, signal_number: int, frame: FrameType | None) -> None:
+        self.reason = self.reason or Stopped(signal_number)
+        if self._may_raise:
+            self._may_raise = False  # once: what follows is an orderly end
+            raise self.reason
+
+
+@contextmanager
+def deadly_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the process at once, where a wait inside torch would hold a KeyboardInterrupt back."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def launcher_is_gone(parent_at_start: int) -> bool:
+    """Whether the launcher that started this process has died: nobody else would tell it to end."""
+    return "LOCAL_RANK" in os.environ and os.getppid() != parent_at_start
