@@ -259,6 +259,8 @@ class JobConfig:
     def _check_output_dir(self) -> None:
         """Find what no folder can be made of before the models are loaded, which may take minutes."""
         with errors_of("--output_dir"):
+            if any("\ud800" <= letter <= "\udfff" for letter in str(self.output_dir)):  # how Python reads other bytes
+                raise ValueError(f"{self.output_dir} is not UTF-8, needed: a name that the pages and lines can hold")
             for folder in (self.output_dir, *self.output_dir.parents):
                 if folder.is_dir():
                     return
