@@ -9,7 +9,7 @@ from typing import Any
 
 from userdiff import console, images, manifest, record
 from userdiff.config import JobConfig, UsageError, errors_of, format_ids
-from userdiff.coordination import Coordinator
+from userdiff.coordination import Coordinator, restart_count
 from userdiff.gallery import PREVIEW_NAME
 from userdiff.halting import Failed, Halted, Stopped
 from userdiff.planning import Plan
@@ -30,7 +30,7 @@ def open_folder(config: JobConfig, identity: dict[str, Any], user_ids: Collectio
         with errors_of("--output_dir"):
             config.output_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(record.folder_lock(config.output_dir))
-        if config.overwrite:
+        if config.overwrite and restart_count() == 0:  # a restarted group goes on where the first one failed
             _start_again(config, user_ids)
             yield None
             return

@@ -1,0 +1,302 @@
+"""What a job does with a folder that something is in already, and with a disk that refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+from PIL import Image
+
+from tests.checkpoints import model_flags
+from tests.jobs import finish, play_processes, run_job, start, tree
+from userdiff import images
+
+
+@pytest.fixture(scope="module")
+def flags(checkpoint):
+    return [*model_flags(checkpoint), "--num_inference_steps", 1, "--batch_size", 4, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def reference(flags, tmp_path_factory):
+    """Five users, three images each."""
+    folder = tmp_path_factory.mktemp("reference")
+    assert run_job(*flags, "--num_images_per_user", 3, "--output_dir", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def job(flags, tmp_path):
+    return [*flags, "--num_images_per_user", 3, "--output_dir", tmp_path / "out"]
+
+
+@pytest.fixture
+def out(reference, tmp_path):
+    """A finished dataset."""
+    return shutil.copytree(reference, tmp_path / "out")
+
+
+def picture(path):
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (16, 16), "navy").save(path)
+    return path.read_bytes()
+
+
+# Growing and shrinking
+
+
+def test_asking_for_fewer_says_what_lies_beyond_and_keeps_it(job, out, reference, capsys):
+    assert run_job(*job, "--num_images_per_user", 2, "--user_ids", 2) == 0
+    said = capsys.readouterr().out
+    assert "Plan: 2 images (1 users x 2), 2 already there" in said
+    assert "Beyond this request: 13 images of users 1-5 are there too, and stay" in said
+    assert tree(out) == tree(reference)
+
+
+def test_nothing_lies_beyond_a_request_for_all(job, out, capsys):
+    assert run_job(*job) == 0
+    assert "Beyond" not in capsys.readouterr().out
+
+
+# Another identity, other people's files
+
+
+def test_a_refusal_names_the_fields_their_values_and_the_ways_on(job, out, reference, capsys):
+    assert run_job(*job, "--seed", 43, "--eta", 0.5, "--num_inference_steps", 2) == 2
+    assert capsys.readouterr().err == (
+        f"batch_generate.py: error: --output_dir: {out} holds images made otherwise (eta was default, is 0.5; "
+        "num_inference_steps was 1, is 2; seed was 42, is 43); use another folder, or start again with --overwrite\n"
+    )
+    assert tree(out) == tree(reference)
+
+
+@pytest.mark.parametrize("name", ["user_01/generated_000.png", "user_07/photo.jpg", "user_12/generated_9.png"])
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
+def test_user_folders_of_somebody_else_are_not_touched(job, tmp_path, capsys, name, overwrite):
+    content = picture(tmp_path / "out" / name) if (tmp_path / "out").mkdir() is None else b""
+    assert run_job(*job, *overwrite) == 2
+    error = capsys.readouterr().err
+    assert f"has no run.json but holds {name}, which no job is known to have made" in error
+    assert error.count("\n") == 1
+    assert [p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").glob("*/*")] == [name]
+    assert (tmp_path / "out" / name).read_bytes() == content
+
+
+def test_other_files_in_the_folder_are_nobodys_business(job, tmp_path, reference):
+    (tmp_path / "out" / "notes").mkdir(parents=True)
+    (tmp_path / "out" / "notes" / "todo.txt").write_text("mine")
+    (tmp_path / "out" / "readme.md").write_text("mine")
+    assert run_job(*job) == 0
+    assert tree(tmp_path / "out") == tree(reference)
+    assert (tmp_path / "out" / "notes" / "todo.txt").read_text() == "mine"
+
+
+def test_without_a_record_images_of_another_run_are_refused(job, out, capsys):
+    (out / "run.json").unlink()
+    assert run_job(*job, "--seed", 43) == 2
+    assert "has no run.json but holds user_01/generated_000.png, made with another model or" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1, 2", '{"run": 1, "identity": {}, "numerics": {}, "history": []}'])
+def test_a_damaged_record_is_refused_and_overwritten_on_demand(job, out, reference, capsys, content):
+    (out / "run.json").write_text(content)
+    assert run_job(*job) == 2
+    assert "restore it, or start again with --overwrite" in capsys.readouterr().err
+    assert run_job(*job, "--overwrite") == 0
+    assert tree(out) == tree(reference)
+
+
+# --overwrite
+
+
+def test_overwrite_removes_what_a_job_wrote_and_nothing_else(job, flags, out, tmp_path):
+    assert run_job(*job, "--num_images_per_user", 5) == 0  # more than what will be asked for
+    strangers = {
+        name: picture(out / name)
+        for name in ("user_01/mine.png", "user_04/generated_999.png", "user_77/generated_000.png", "album/one.png")
+    }
+    (out / "labels.csv").write_text("mine")
+    unrecorded = out / "user_03" / "generated_004.png"  # of the old model, and its row is lost
+    lines = (out / "manifest.csv").read_text().splitlines(keepends=True)
+    (out / "manifest.csv").write_text("".join(line for line in lines if "user_03/generated_004" not in line))
+    torn = out / "user_03" / "generated_003.png"  # recorded, and no longer a PNG
+    torn.write_bytes(b"")
+    (out / "manifest.part-00002.csv").write_text(lines[0] + lines[1])
+    (out / "user_02" / ".generated_003.png.tmp-0123abcd").write_bytes(b"half")
+
+    assert run_job(*job, "--user_ids", 1, 2, "--seed", 7, "--overwrite") == 0
+    assert not unrecorded.exists()
+    assert not torn.exists()
+    for name, content in strangers.items():
+        assert (out / name).read_bytes() == content
+        (out / name).unlink()
+    assert (out / "labels.csv").read_text() == "mine"
+    for folder in ("user_77", "user_04", "album"):
+        (out / folder).rmdir()  # empty but for the strangers
+    (out / "labels.csv").unlink()
+    assert {path.name for path in out.iterdir()} == {"user_01", "user_02", "manifest.csv", "run.json", "preview.html"}
+    assert run_job(*job[:-1], tmp_path / "new", "--user_ids", 1, 2, "--seed", 7) == 0
+    assert tree(out) == tree(tmp_path / "new")
+    assert len(json.loads((out / "run.json").read_text())["history"]) == 1
+
+
+def test_overwrite_does_not_take_the_place_of_a_strangers_image(job, out, reference, capsys):
+    content = picture(out / "user_02" / "generated_003.png")
+    assert run_job(*job, "--overwrite", "--num_images_per_user", 4) == 2
+    assert "--overwrite: " in (error := capsys.readouterr().err)
+    assert "user_02/generated_003.png was not made by a job, but an image of this one goes there; move it away" in error
+    assert (out / "user_02" / "generated_003.png").read_bytes() == content
+    (out / "user_02" / "generated_003.png").unlink()
+    assert tree(out) == tree(reference)  # nothing was removed
+
+
+def test_overwrite_of_an_empty_or_missing_folder_is_a_plain_run(job, tmp_path, reference):
+    assert run_job(*job, "--overwrite") == 0
+    assert tree(tmp_path / "out") == tree(reference)
+
+
+def test_a_group_that_the_launcher_restarts_does_not_start_again(job, out, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run_job(*job, "--overwrite") == 0
+    assert "15 already there, 0 to make" in capsys.readouterr().out
+
+
+# Flat images
+
+
+def test_images_of_one_colour_are_counted_and_named(job, tmp_path, capsys, monkeypatch):
+    encode = images.encode_png
+
+    def encode_flat(pixels, text):
+        if (text.get("user_id"), text.get("image_index")) in {("1", "2"), ("2", "0")}:
+            pixels = pixels * 0 + 37
+        return encode(pixels, text)
+
+    monkeypatch.setattr(images, "encode_png", encode_flat)
+    assert run_job(*job) == 0
+    monkeypatch.undo()
+    warning = (
+        "Warning: 2 images are one single colour, which a model seldom means: user_01/generated_002.png, "
+        "user_02/generated_000.png\n"
+    )
+    assert warning in capsys.readouterr().out
+    assert run_job(*job) == 0  # they are there, whoever made them
+    assert warning in capsys.readouterr().out
+
+
+# Disks
+
+
+def disk(free_bytes, free_files=10**6):
+    block = 4096
+    blocks = free_bytes // block
+    return lambda _: os.statvfs_result(
+        (block, block, blocks, blocks, blocks, free_files, free_files, free_files, 0, 255)
+    )
+
+
+def test_what_a_job_will_take_is_said_before_it_starts(job, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "statvfs", disk(10**9))
+    assert run_job(*job) == 0
+    said = capsys.readouterr()
+    assert "Disk: at most 61.4kB to write, 1.00GB free" in said.out  # 15 files of one block each
+    assert "a full disk" not in said.err
+    assert run_job(*job, "--num_images_per_user", 4) == 0
+    assert "Disk: about 20.5kB to write, 1.00GB free" in capsys.readouterr().out
+    assert run_job(*job, "--num_images_per_user", 4) == 0
+    assert "Disk" not in capsys.readouterr().out  # nothing to write
+
+
+@pytest.mark.parametrize("free", [(8192, 10**6), (10**9, 3)], ids=["bytes", "files"])
+def test_a_disk_that_is_too_small_is_said_up_front(job, tmp_path, capsys, monkeypatch, free):
+    monkeypatch.setattr(os, "statvfs", disk(*free))
+    assert run_job(*job) == 0
+    assert "Warning: 15 images take at most 61.4kB, and " in capsys.readouterr().err
+
+
+def test_the_first_images_tell_what_the_rest_will_take(flags, tmp_path, capsys, monkeypatch):
+    """The worst case fits; then each image turns out larger than that, and the disk fills up meanwhile."""
+    monkeypatch.setattr(os, "statvfs", disk(10**9))
+    encode = images.encode_png
+
+    def encode_and_fill(pixels, text):
+        monkeypatch.setattr(os, "statvfs", disk(20_000))
+        return encode(pixels, text)
+
+    monkeypatch.setattr(images, "encode_png", encode_and_fill)
+    assert run_job(*flags, "--num_images_per_user", 500, "--user_ids", 1, 2, "--output_dir", tmp_path) == 0
+    assert capsys.readouterr().err.count("images take about") == 1
+
+
+@contextmanager
+def mounted(folder, options):
+    """A real small disk."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_a_real_disk_that_fills_up_loses_nothing(flags, tmp_path, capsys, num_processes):
+    """Each image is a block and each folder's inode counts: 400 kB hold some 80 of the 200 images."""
+    job = [*flags, "--num_images_per_user", 40]
+    assert run_job(*job, "--output_dir", tmp_path / "elsewhere") == 0
+    with mounted(tmp_path / "disk", "size=400k") as folder:
+        out = folder / "out"
+        capsys.readouterr()
+        if num_processes == 1:
+            assert run_job(*job, "--output_dir", out) == 1
+            error = capsys.readouterr().err.strip().splitlines()[-1]
+            done = len(list(out.glob("user_*/*.png")))
+            assert error.startswith(f"batch_generate.py: error: --output_dir: No space left on device ({out}")
+            assert error.endswith(
+                f", make room; {done} of 200 images are in {out}, the same command goes on from there"
+            )
+        else:
+            with pytest.raises(Exception, match="No space left on device"):
+                play_processes(num_processes, *job, "--output_dir", out)
+        made = {path: path.read_bytes() for path in out.glob("user_*/*.png")}
+        assert 20 < len(made) < 200
+        for path, content in made.items():
+            assert content == (tmp_path / "elsewhere" / path.relative_to(out)).read_bytes()
+        assert not list(out.glob("user_*/.*"))
+        assert run_job(*job, "--output_dir", out) == 1  # still full: nothing changes
+        assert made.items() <= {path: path.read_bytes() for path in out.glob("user_*/*.png")}.items()
+        subprocess.run(["mount", "-o", "remount,size=40m", str(folder)], check=True)
+        assert run_job(*job, "--output_dir", out) == 0
+        assert tree(out) == tree(tmp_path / "elsewhere")
+
+
+def test_a_read_only_disk_is_one_line(job, tmp_path, capsys):
+    with mounted(tmp_path / "disk", "size=4m,ro") as folder:
+        assert run_job(*job, "--output_dir", folder / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("batch_generate.py: error: --output_dir: ")
+    assert "Read-only file system" in error
+    assert error.count("\n") == 1
+
+
+def test_a_folder_one_may_not_write_is_one_line(flags, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir(mode=0o555)
+    may_not_write = []
+    if os.geteuid() == 0:  # who may write anywhere
+        may_not_write = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+        if shutil.which("setpriv") is None:
+            pytest.skip("setpriv, which takes root its rights, is not installed")
+    command = [*may_not_write, sys.executable, "batch_generate.py", *map(str, flags), "--output_dir", folder]
+    status, stdout, stderr = finish(start(command, OMP_NUM_THREADS="1"))
+    assert status == 2, stderr
+    assert stderr.startswith("batch_generate.py: error: --output_dir: ")
+    assert "Permission denied" in stderr
+    assert stderr.count("\n") == 1
+    assert stdout == ""
+    assert list(folder.iterdir()) == []
