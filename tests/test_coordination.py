@@ -165,7 +165,7 @@ def test_workers_miss_a_main_process_that_died(processes, quick_pulse, monkeypat
     monkeypatch.setattr(coordination, "LOST_AFTER_PULSES", 10)
     main, worker = processes(2)
     main._line.close()
-    with pytest.raises(Failed, match="process 0 on .* no sign of life"):
+    with pytest.raises(Failed, match=r"process 0 on .* no sign of life"):
         worker.receive_plan()
 
 

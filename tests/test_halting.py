@@ -27,15 +27,27 @@ def test_the_first_signal_counts():
         assert str(interrupt.reason) == "stopped by SIGINT"
 
 
+def compute(interrupt, steps):
+    with interrupt.abandonable():
+        steps.append("computing")
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(10**6):
+            pass
+        steps.append("computed")
+
+
+def wait(interrupt, seconds):
+    with interrupt.abandonable():
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            pass
+
+
 def test_work_that_can_be_thrown_away_is_left_at_once_and_the_rest_is_not():
     steps = []
     with Interrupt().listen() as interrupt:
-        with pytest.raises(Stopped), interrupt.abandonable():
-            steps.append("computing")
-            os.kill(os.getpid(), signal.SIGTERM)
-            for _ in range(10**6):
-                pass
-            steps.append("computed")
+        with pytest.raises(Stopped):
+            compute(interrupt, steps)
         os.kill(os.getpid(), signal.SIGTERM)  # a second one does not tear what follows
         steps.append("written")
         with pytest.raises(Stopped), interrupt.abandonable():
@@ -46,10 +58,8 @@ def test_work_that_can_be_thrown_away_is_left_at_once_and_the_rest_is_not():
 def test_a_reason_from_another_thread_reaches_the_main_one_in_the_midst_of_its_work():
     with Interrupt().listen() as interrupt:
         threading.Timer(0.2, interrupt.set, args=(Failed("process 3: the disk is full"),)).start()
-        with pytest.raises(Failed, match="process 3: the disk is full"), interrupt.abandonable():
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline:
-                pass
+        with pytest.raises(Failed, match="process 3: the disk is full"):
+            wait(interrupt, seconds=60)
 
 
 def test_a_reason_that_comes_late_kills_nobody():

@@ -102,9 +102,7 @@ def verify(output_dir: Path, *, deep: bool = False, track: Track = lambda rows, 
         status = read_status(output_dir)
         recorded = Counter(user_id for user_id, image_index in rows if image_index < status.wanted.get(user_id, 0))
         problems += [
-            Problem(
-                "missing", f"user_{user_id:02d}", f"{number - recorded[user_id]} of {number} images were never made"
-            )
+            Problem("missing", f"user_{user_id:02d}", f"{number - recorded[user_id]} of {number} images have no row")
             for user_id, number in status.wanted.items()
             if recorded[user_id] < number
         ]
@@ -132,11 +130,13 @@ def _strangers(output_dir: Path, rows: dict[Item, Row]) -> Iterator[Problem]:
             yield Problem("foreign", name, "not an image of a job")
         elif item not in rows:
             is_own = images.RUN_CHUNK in (images.read_text_chunks(path) or {})
-            yield Problem("unrecorded" if is_own else "foreign", name, "no row in the manifest")
+            kind, what = ("unrecorded", "no row in the manifest") if is_own else ("foreign", "not made by a job")
+            yield Problem(kind, name, what)
     for path in output_dir.iterdir():
-        is_user = images.FOLDER_NAME.fullmatch(path.name)
-        if not is_user and (path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES):
-            yield Problem("foreign", path.name, "loaders take it for a class" if path.is_dir() else "hides all labels")
+        if path.is_dir() and not images.FOLDER_NAME.fullmatch(path.name):
+            yield Problem("foreign", path.name, "loaders take every folder for a class")
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            yield Problem("foreign", path.name, "an image beside the user folders hides all labels from loaders")
 
 
 def _problem(output_dir: Path, row: Row) -> Problem | None:

@@ -1,0 +1,302 @@
+"""`userdiff status`, `verify`, `merge`: what a folder holds against what its records say."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.checkpoints import model_flags
+from tests.jobs import ROOT, run_job, tree
+from userdiff.audit import Problem, flat_images, merge, read_status, verify
+from userdiff.cli import main
+from userdiff.images import encode_png
+from userdiff.manifest import COLUMNS, read_rows
+from userdiff.record import folder_lock
+
+
+@pytest.fixture(scope="module")
+def flags(checkpoint):
+    return [*model_flags(checkpoint), "--num_inference_steps", 1, "--batch_size", 4, "--num_images_per_user", 3]
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    assert run_job(*flags, "--user_ids", 1, 2, "--output_dir", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "out")
+
+
+def interrupt(folder, rows_left=4, state="running"):
+    """Make of a finished dataset what a killed run leaves: no manifest yet, a part with some rows, no end noted."""
+    lines = (folder / "manifest.csv").read_text().splitlines(keepends=True)
+    (folder / "manifest.csv").write_text(lines[0])
+    (folder / "manifest.part-00000.csv").write_text("".join(lines[: 1 + rows_left]))
+    for line in lines[1 + rows_left :]:
+        (folder / line.split(",")[0]).unlink()
+    change_entry(folder, state=state)
+
+
+def change_entry(folder, **changes):
+    record = json.loads((folder / "run.json").read_text())
+    record["history"][-1].update(changes)
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+# Status
+
+
+def test_a_finished_dataset_is_complete(out):
+    status = read_status(out)
+    assert (status.state, status.detail, status.beyond) == ("complete", "", 0)
+    assert (status.wanted, status.done, status.failed) == ({1: 3, 2: 3}, {1: 3, 2: 3}, {})
+
+
+def test_a_run_that_is_going_on_is_told_by_its_lock_and_counted_by_its_parts(out):
+    interrupt(out)
+    with folder_lock(out):
+        status = read_status(out)
+    assert status.state == "running"
+    assert "process " in status.detail
+    assert status.done == {1: 3, 2: 1}
+
+
+@pytest.mark.parametrize(
+    ("state", "cause", "said", "detail"),
+    [
+        ("running", None, "killed", ""),  # nobody holds the folder, whatever the record says
+        ("stopped by signal 15", None, "stopped by signal 15", ""),
+        ("failed", "--output_dir: No space left on device", "failed", "--output_dir: No space left on device"),
+    ],
+)
+def test_how_a_run_ended_is_told(out, state, cause, said, detail):
+    (out / ".userdiff.lock").write_text("process 17 on another")  # a killed job's file, which nobody holds
+    interrupt(out, state=state)
+    change_entry(out, cause=cause)
+    status = read_status(out)
+    assert (status.state, status.detail) == (said, detail)
+    assert (status.wanted, status.done) == ({1: 3, 2: 3}, {1: 3, 2: 1})
+
+
+def test_images_lost_since_are_missing_and_failed_ones_are_told_by_user(out):
+    change_entry(out, failed=[[1, 0], [2, 1]])
+    (out / "user_01" / "generated_002.png").unlink()
+    (out / "user_02" / "generated_001.png").write_bytes(b"short")
+    status = read_status(out)
+    assert status.state == "incomplete"
+    assert status.done == {1: 2, 2: 2}
+    assert status.failed == {2: 1}  # the other one has been made meanwhile
+
+
+def test_what_lies_beyond_the_last_request_is_counted(flags, out):
+    assert run_job(*flags, "--user_ids", 2, "--num_images_per_user", 2, "--output_dir", out) == 0
+    status = read_status(out)
+    assert (status.state, status.wanted, status.done, status.beyond) == ("complete", {2: 2}, {2: 2}, 4)
+
+
+def test_status_is_a_table(out, capsys):
+    (out / "user_02" / "generated_001.png").unlink()
+    assert main(["status", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{out}: incomplete",
+        "    user     done  missing   failed",
+        "       1        3        0        0",
+        "       2        2        1        0",
+        "     all        5        1        0",
+    ]
+
+
+# Verification
+
+
+def test_a_good_dataset_has_no_problems(out, capsys):
+    assert verify(out) == verify(out, deep=True) == []
+    assert main(["verify", str(out), "--deep"]) == 0
+    assert capsys.readouterr().out == f"{out}: all is well (every image read)\n"
+
+
+def test_verify_finds_what_is_missing_changed_or_foreign(out, capsys):
+    (out / "user_01" / "generated_000.png").unlink()
+    size = (out / "user_01" / "generated_001.png").stat().st_size
+    (out / "user_01" / "generated_001.png").write_bytes(b"short")
+    Image.new("RGB", (2, 2)).save(out / "user_02" / "generated_007.png")
+    (out / "user_02" / "thumbs.db").write_bytes(b"x")
+    (out / "user_02" / ".generated_001.png.tmp-0123abcd").write_bytes(b"x")  # the next run's business
+    Image.new("RGB", (2, 2)).save(out / "cover.png")
+    (out / "extra").mkdir()
+    (out / "notes.txt").write_text("no harm")
+    assert verify(out) == [
+        Problem("changed", "user_01/generated_001.png", f"5 bytes, its row says {size}"),
+        Problem("foreign", "cover.png", "an image beside the user folders hides all labels from loaders"),
+        Problem("foreign", "extra", "loaders take every folder for a class"),
+        Problem("foreign", "user_02/generated_007.png", "not made by a job"),
+        Problem("foreign", "user_02/thumbs.db", "not an image of a job"),
+        Problem("missing", "user_01/generated_000.png", "the file is gone"),
+    ]
+    assert main(["verify", str(out)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"changed     user_01/generated_001.png: 5 bytes, its row says {size}"
+    assert lines[-1] == f"{out}: 6 problems (sizes compared, contents not read)"
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[-30] ^= 1
+    path.write_bytes(data)
+
+
+def swap(path):
+    """Another image of the same dataset, with its own row's hash: only what it says of itself gives it away."""
+    folder = path.parent.parent
+    data = (folder / "user_02" / "generated_002.png").read_bytes()
+    path.write_bytes(data)
+    lines = (folder / "manifest.csv").read_text().splitlines()
+    donor = next(line for line in lines if line.startswith("user_02/generated_002"))
+    rows = [
+        line.split(",")[:6] + donor.split(",")[6:] if "user_01/generated_001" in line else line.split(",")
+        for line in lines
+    ]
+    (folder / "manifest.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+
+
+def other_pixels(path):
+    """The right size, and the right words, but other pixels: only the hash gives it away."""
+    with Image.open(path) as image:
+        text, size = dict(image.text), path.stat().st_size
+    black = np.zeros((16, 16, 3), np.uint8)
+    short = size - len(encode_png(black, {**text, "more": ""}))
+    path.write_bytes(encode_png(black, {**text, "more": short * "x"}))
+    assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (flip_a_byte, "not an intact PNG"),
+        (other_pixels, "its content is not what its row says"),
+        (swap, "it says to be another image"),
+    ],
+)
+def test_deep_reads_what_size_cannot_tell(out, damage, what):
+    path = out / "user_01" / "generated_001.png"
+    damage(path)
+    shallow = [problem for problem in verify(out) if problem.name.endswith(".png")]
+    deep = [problem for problem in verify(out, deep=True) if problem.name.endswith(".png")]
+    assert shallow == []
+    assert deep == [Problem("changed", "user_01/generated_001.png", what)]
+
+
+def test_an_edited_manifest_and_a_row_less_are_told(out):
+    text = (out / "manifest.csv").read_text()
+    (out / "manifest.csv").write_text("".join(text.splitlines(keepends=True)[:-1]))
+    assert verify(out) == [
+        Problem("changed", "manifest.csv", "the manifest is not as it was published"),
+        Problem("missing", "user_02", "1 of 3 images have no row"),
+        Problem("unrecorded", "user_02/generated_002.png", "no row in the manifest"),
+    ]
+    (out / "manifest.csv").unlink()
+    assert Problem("missing", "manifest.csv", "the manifest is gone") in verify(out)
+
+
+def test_an_unfinished_dataset_lacks_what_was_not_made_and_merged(out):
+    interrupt(out)
+    assert [problem for problem in verify(out) if problem.kind != "changed"] == [
+        Problem("missing", "user_02", "2 of 3 images have no row"),
+        Problem("unmerged", "manifest.part-00000.csv", "rows of an interrupted run"),
+    ]
+    with folder_lock(out):
+        assert "unmerged" not in {problem.kind for problem in verify(out)}  # it is being written
+
+
+def test_without_a_record_the_manifest_alone_is_compared(out):
+    (out / "run.json").unlink()
+    assert verify(out, deep=True) == []
+    (out / "user_01" / "generated_000.png").unlink()
+    assert verify(out) == [Problem("missing", "user_01/generated_000.png", "the file is gone")]
+
+
+# Merging
+
+
+def test_merge_does_what_the_next_run_would_without_making_the_rest(flags, out, finished, capsys):
+    interrupt(out)
+    with (out / "manifest.part-00000.csv").open("a") as part:
+        part.write("user_02/generated_0")  # torn
+    assert main(["merge", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out / 'manifest.csv'}: 4 images\n"
+    assert not list(out.glob("manifest.part-*"))
+    assert list(read_rows(out / "manifest.csv")) == list(read_rows(finished / "manifest.csv"))[:4]
+    assert "changed" not in {problem.kind for problem in verify(out)}  # the record knows the new manifest
+    assert run_job(*flags, "--user_ids", 1, 2, "--output_dir", out) == 0
+    assert tree(out) == tree(finished)
+
+
+def test_merging_a_finished_dataset_changes_nothing(out, finished):
+    merge(out)
+    assert {path.name: path.read_bytes() for path in out.glob("*.*")} == {
+        path.name: path.read_bytes() for path in finished.glob("*.*")
+    }
+
+
+def test_merge_waits_for_no_running_job(out, capsys):
+    with folder_lock(out):
+        assert main(["merge", str(out)]) == 2
+    assert "is in use by another job (process " in capsys.readouterr().err
+
+
+# Flat images
+
+
+def test_flat_images_are_found_and_only_small_files_are_opened(out, monkeypatch):
+    from userdiff import images
+
+    rows = list(read_rows(out / "manifest.csv"))
+    for number, pixels in enumerate([np.zeros((16, 16, 3)), np.full((16, 16, 3), 255), np.full((16, 16, 1), 7)]):
+        (out / rows[number].file_name).write_bytes(encode_png(pixels.astype(np.uint8), {"user_id": "1"}))
+    (out / rows[3].file_name).write_bytes(encode_png(np.eye(16, dtype=np.uint8)[:, :, None], {}))
+    small = [
+        *[row.__class__(**{c: getattr(row, c) for c in COLUMNS} | {"num_bytes": 300}) for row in rows[:4]],
+        *rows[4:],
+    ]
+    opened = []
+    is_flat = images.is_flat
+    monkeypatch.setattr(images, "is_flat", lambda path: opened.append(path) or is_flat(path))
+    large = [row.__class__(**{c: getattr(row, c) for c in COLUMNS} | {"num_bytes": 10**6}) for row in rows[4:]]
+    assert flat_images(out, [*small[:4], *large]) == [(1, 0), (1, 1), (1, 2)]
+    assert len(opened) == 4
+
+
+# The command line
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "merge", "preview"])
+def test_a_folder_without_a_dataset_is_one_line(command, tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert main([command, str(folder)]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith(f"userdiff {command}: error: {folder} holds no ")
+        assert said.err.count("\n") == 1
+        assert said.out == ""
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "merge"])
+def test_a_damaged_record_is_one_line(command, out, capsys):
+    (out / "run.json").write_text("{")
+    assert main([command, str(out)]) == 2
+    assert "is damaged; restore it" in capsys.readouterr().err
+
+
+def test_none_of_them_loads_torch(out):
+    script = "import sys; from userdiff.cli import main; print(main(sys.argv[1:])); print('torch' in sys.modules)"
+    for command in ("status", "verify", "merge", "preview"):
+        run = [sys.executable, "-c", script, command, str(out)]
+        process = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert process.stdout.splitlines()[-2:] == ["0", "False"]
