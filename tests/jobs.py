@@ -40,13 +40,17 @@ def play_processes(num_processes: int, *flags: object) -> list[int]:
 
 
 def launch(
-    num_processes: int, *flags: object, launcher_flags: Sequence[str] = (), threads: int = 1
+    num_processes: int,
+    *flags: object,
+    launcher_flags: Sequence[str] = (),
+    threads: int = 1,
+    script: Path | str = "batch_generate.py",
 ) -> subprocess.Popen:
     """Start a job with real processes, as the README says."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", "accelerate_configs/cpu.yaml", "--num_processes", str(num_processes)]
     command += ["--num_cpu_threads_per_process", str(threads), *launcher_flags]
-    command += ["batch_generate.py", "--device", "cpu", *map(str, flags)]
+    command += [str(script), "--device", "cpu", *map(str, flags)]
     return start(command)
 
 

@@ -31,7 +31,7 @@ CONNECT_TIMEOUT = timedelta(seconds=60)
 T = TypeVar("T")
 
 
-def connect(interrupt: Interrupt | None = None, patience: int = LOST_AFTER_PULSES) -> "Coordinator":
+def connect(interrupt: Interrupt | None = None, patience: int | None = None) -> "Coordinator":
     """Join the job as the process that the launcher says this is, or as the only one."""
     process_index, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return Coordinator(partial(open_store, num_processes), process_index, num_processes, interrupt, patience)
@@ -114,14 +114,14 @@ class Coordinator:
         process_index: int,
         num_processes: int,
         interrupt: Interrupt | None = None,
-        patience: int = LOST_AFTER_PULSES,
+        patience: int | None = None,
     ) -> None:
         self.process_index = process_index
         self.num_processes = num_processes
         self.interrupt = interrupt or Interrupt()
         self._parent = os.getppid()
         self._last_beats: dict[int, tuple[int, int]] = {}  # process -> its count, our pulses since it changed
-        self._line = _Line(open_store, self._pulse, patience)
+        self._line = _Line(open_store, self._pulse, patience or LOST_AFTER_PULSES)
         self._ask(lambda store: store.set(f"host/{process_index}", socket.gethostname()))
 
     @property

@@ -1,0 +1,194 @@
+"""Nothing hangs: signals, machines that are gone, launchers that no longer answer."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from diffusers import UNet2DConditionModel
+
+from tests.checkpoints import model_flags
+from tests.jobs import finish, launch, play_processes, run_job, start, tree
+from tests.processes import Job, our_tracebacks, send
+from userdiff import images
+from userdiff.halting import Failed, Stopped
+
+IMPATIENT = """
+import sys
+from userdiff import coordination
+coordination.LOST_AFTER_PULSES = 8
+from userdiff.cli import generate
+sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))
+"""
+
+
+@pytest.fixture(scope="module")
+def flags(checkpoint):
+    return [*model_flags(checkpoint), "--num_inference_steps", 2, "--batch_size", 4, "--num_images_per_user", 8]
+
+
+@pytest.fixture
+def impatient(tmp_path):
+    """batch_generate.py, but for the minute after which a process is given up."""
+    script = tmp_path / "batch_generate.py"
+    script.write_text(IMPATIENT)
+    return script
+
+
+def wait_for_images(output_dir, number=4):
+    deadline = time.monotonic() + 120
+    while len(list(output_dir.glob("user_*/*.png"))) < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def kill_job(job):
+    family = job.family()
+    send([job.process.pid, *family], signal.SIGKILL)
+    assert job.wait(30, family)
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_pass_that_would_never_end(flags, tmp_path, capsys, monkeypatch, number):
+    forward, passes = UNet2DConditionModel.forward, []
+
+    def forward_for_ever(self, *args, **options):
+        passes.append(None)
+        while len(passes) > 4:  # the third batch
+            if len(passes) == 5:
+                passes.append(None)
+                os.kill(os.getpid(), number)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", forward_for_ever)
+    assert run_job(*flags, "--output_dir", tmp_path) == 128 + number
+    name = signal.Signals(number).name
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"batch_generate.py: stopped by {name}; 8 of 40 images are in {tmp_path}, the same command goes on from there"
+    )
+    entry = json.loads((tmp_path / "run.json").read_text())["history"][-1]
+    assert (entry["state"], entry["published"], entry["cause"]) == (f"stopped by signal {number.value}", 8, None)
+    assert len(list(tmp_path.glob("user_*/*.png"))) == 8
+    assert not list(tmp_path.glob("user_*/.*"))
+
+
+def test_a_stop_with_overwrite_says_to_leave_it_out(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(UNet2DConditionModel, "forward", lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_job(*flags, "--overwrite", "--output_dir", tmp_path) == 143
+    assert capsys.readouterr().err.endswith("the same command, without --overwrite, goes on from there\n")
+
+
+def test_images_still_waiting_for_the_disk_do_not_hold_up_a_stop(monkeypatch):
+    monkeypatch.setattr(images, "DRAIN_SECONDS", 0.3)
+    written = []
+    gate = threading.Event()
+    with pytest.raises(Stopped), images.WriterPool(1, 8) as writers:  # noqa: PT012 - the pool is what is tested
+        writers.submit(lambda: written.append("the one that is quick"))
+        writers.submit(lambda: gate.wait(1) or written.append("the one under way"))
+        for _ in range(5):
+            writers.submit(lambda: written.append("one of those that wait"))
+        raise Stopped(signal.SIGTERM)
+    assert written == ["the one that is quick", "the one under way"]
+
+
+def test_the_others_stop_when_one_process_fails_and_one_cause_is_told(flags, tmp_path, monkeypatch):
+    """Process 1 fails in the midst of its work; the others are in a pass without end."""
+    forward = UNet2DConditionModel.forward
+
+    def append_or_fail(self, row, append=__import__("userdiff.manifest").manifest.PartWriter.append):
+        if "part-00001" in str(self._path):
+            raise OSError(5, "Input/output error", str(self._path))
+        append(self, row)
+
+    def slow_forward(self, *args, **options):
+        time.sleep(0.1)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr("userdiff.manifest.PartWriter.append", append_or_fail)
+    monkeypatch.setattr(UNet2DConditionModel, "forward", slow_forward)
+    with pytest.raises((Failed, OSError), match=r"Input/output error"):
+        play_processes(3, *flags, "--num_images_per_user", 200, "--output_dir", tmp_path)
+    entry = json.loads((tmp_path / "run.json").read_text())["history"][-1]
+    assert entry["state"] == "failed"
+    assert entry["cause"].startswith(f"process 1 on {socket.gethostname()}: ")
+
+
+def test_a_signal_to_one_worker_ends_the_launch_in_order(flags, tmp_path):
+    job = Job(launch(2, *flags, "--num_images_per_user", 2000, "--output_dir", tmp_path))
+    wait_for_images(tmp_path)
+    family = job.family()
+    workers = [pid for pid in family if pid != job.process.pid]
+    send(workers[:1], signal.SIGTERM)
+    assert job.wait(60, family)
+    assert job.stderr.count("batch_generate.py: stopped by SIGTERM; ") == 1
+    assert our_tracebacks(job.stderr) == []
+    assert json.loads((tmp_path / "run.json").read_text())["history"][-1]["state"] == "stopped by signal 15"
+
+
+# Machines and launchers
+
+
+def test_a_launcher_that_no_longer_answers_is_given_up(flags, tmp_path, impatient):
+    job = Job(launch(2, *flags, "--num_images_per_user", 5000, "--output_dir", tmp_path / "out", script=impatient))
+    wait_for_images(tmp_path / "out")
+    family = job.family()
+    workers = {pid: stat for pid, stat in family.items() if pid != job.process.pid}
+    job.process.send_signal(signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + 90
+        while json.loads((tmp_path / "out" / "run.json").read_text())["history"][-1]["state"] == "running":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        entry = json.loads((tmp_path / "out" / "run.json").read_text())["history"][-1]
+        assert entry["state"] == "failed"
+        assert entry["cause"].startswith("lost contact with the launcher on 127.0.0.1:")
+    finally:
+        job.end(family)
+    assert workers
+    assert our_tracebacks(job.stderr) == []
+
+
+def two_machines(flags, impatient):
+    """Two launches on loopback, as two machines would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    network = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    return [
+        Job(launch(2, *flags, launcher_flags=[*network, "--machine_rank", str(rank)], script=impatient))
+        for rank in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_machine_that_is_lost_ends_the_job_on_the_other_and_less_go_on(flags, tmp_path, impatient, lost):
+    out = tmp_path / "out"
+    job = [*flags, "--num_images_per_user", 300, "--output_dir", out]
+    machines = two_machines(job, impatient)
+    wait_for_images(out)
+    kill_job(machines[lost])
+    left = machines[1 - lost]
+    family = left.family()
+    assert left.wait(90, family)
+    assert our_tracebacks(left.stderr) == []
+    if lost == 1:
+        assert f"error: process 1 on {socket.gethostname()} has given no sign of life for 8 s; " in left.stderr
+        assert json.loads((out / "run.json").read_text())["history"][-1]["state"] == "failed"
+    else:
+        assert "error: lost contact with the launcher on 127.0.0.1:" in left.stderr
+        assert subprocess.run(
+            [sys.executable, "-m", "userdiff", "status", out], capture_output=True, text=True, check=True
+        ).stdout.startswith(f"{out}: killed\n")
+    assert finish(start([sys.executable, "batch_generate.py", *job], OMP_NUM_THREADS="1"))[0] == 0
+    assert (
+        finish(start([sys.executable, "batch_generate.py", *job[:-1], tmp_path / "plain"], OMP_NUM_THREADS="1"))[0] == 0
+    )
+    assert tree(out) == tree(tmp_path / "plain")
