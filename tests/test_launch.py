@@ -49,7 +49,8 @@ def test_real_launches_make_the_same_bytes(num_processes, flags, reference, tmp_
 def test_three_threads_on_both_sides_make_the_same_bytes(flags, tmp_path):
     threads = set()
     for num_processes in (1, 2):
-        job = launch(num_processes, *flags, "--output_dir", tmp_path / str(num_processes), threads=3)
+        job = [*flags, "--num_images_per_user", 2, "--output_dir", tmp_path / str(num_processes)]
+        job = launch(num_processes, *job, threads=3)
         status, _, stderr = finish(job)
         assert status == 0, stderr
         record = json.loads((tmp_path / str(num_processes) / "run.json").read_text())
