@@ -1,12 +1,14 @@
-.PHONY: help demo test check format clean
+.PHONY: help demo test check chaos format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
+KILLS ?= 300
 
 help:
 	@echo "make demo    generate the demo dataset with two processes, in out/demo"
 	@echo "make test    run the tests"
 	@echo "make check   formatting, lint, types, tests"
+	@echo "make chaos   kill real jobs 300 times and compare what they leave, an hour or two; KILLS=20 SEED=7 as you like"
 
 demo: .venv/run.stamp
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml batch_generate.py --device cpu --output_dir out/demo
@@ -19,6 +21,9 @@ check: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+chaos: .venv/dev.stamp
+	$(BIN)/python -m tests.chaos --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 format: .venv/dev.stamp
 	$(BIN)/ruff format .

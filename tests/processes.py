@@ -2,11 +2,17 @@
 
 import os
 import re
+import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
+from types import MappingProxyType
 from typing import NamedTuple
+
+POLL_SECONDS = 0.005
 
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:(?:\[rank\d+\]: )?[ \t].*\n)*.*")
 _CRASH = re.compile(r".*(?:Fatal Python error|terminate called).*")
@@ -41,13 +47,7 @@ def descendants(pid: int, table: dict[int, Stat]) -> Iterator[int]:
         yield from descendants(child, table)
 
 
-def family_of(job: subprocess.Popen) -> dict[int, Stat]:
-    """A job's processes, while its first one has not been waited for: workers have sessions of their own."""
-    table = process_table()
-    return {pid: table[pid] for pid in (job.pid, *descendants(job.pid, table))}
-
-
-def still_alive(family: dict[int, Stat]) -> list[int]:
+def still_alive(family: Mapping[int, Stat]) -> list[int]:
     """Those that run: a zombie has gone, whoever is to collect it."""
     now = {pid: read_stat(pid) for pid in family}
     return [pid for pid, stat in now.items() if stat and stat.started == family[pid].started and stat.state not in "ZX"]
@@ -63,6 +63,42 @@ def send(pids: Sequence[int], signal_number: int) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal_number)
+
+
+class Job:
+    """A started job; what it says is read all along, since a full pipe would hold it up."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self.process = process
+        self.stderr = ""
+        self._reader = Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        self.stderr = self.process.communicate()[1]  # until all who can write to it have gone
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def family(self) -> dict[int, Stat]:
+        """Every process of it, while the first one lives: workers have sessions of their own."""
+        table = process_table()
+        first = self.process.pid
+        return {pid: table[pid] for pid in (first, *descendants(first, table)) if self.is_running() and pid in table}
+
+    def wait(self, seconds: float, family: Mapping[int, Stat] = MappingProxyType({})) -> bool:
+        """Wait until every process of it has gone; whether they have."""
+        deadline = time.monotonic() + seconds
+        while self._reader.is_alive() or still_alive(family):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def end(self, family: dict[int, Stat]) -> None:
+        """Leave nothing of it running."""
+        send(still_alive(family | self.family()), signal.SIGKILL)
+        self.wait(5)
 
 
 def our_tracebacks(stderr: str) -> list[str]:

@@ -243,8 +243,22 @@ def test_the_main_process_speaks_for_all(processes):
     assert said == ["main"]
 
 
-def test_another_process_speaks_when_the_main_cannot(processes):
-    _, other = processes(2)
+def test_one_other_process_speaks_when_the_main_is_gone(processes, quick_pulse):
+    main, one, two = processes(3)
+    main._line.close()  # as SIGKILL would have it: without a word
     said = []
-    other.say_once(lambda: said.append("other"), patience_seconds=0.1)
+    threads = [threading.Thread(target=other.say_once, args=(lambda: said.append("other"),)) for other in (one, two)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
     assert said == ["other"]
+
+
+def test_nobody_speaks_before_a_main_process_that_lives(processes, quick_pulse):
+    main, other = processes(2)
+    main.interrupt.set(Stopped(signal.SIGTERM))  # on its way out, with images still to write
+    said = []
+    threading.Timer(1.5, main.say_once, args=(lambda: said.append("main"),)).start()
+    other.say_once(lambda: said.append("other"))
+    assert said == ["main"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from diffusers import UNet2DConditionModel
@@ -17,6 +18,7 @@ from tests.jobs import finish, launch, play_processes, run_job, start, tree
 from tests.processes import Job, our_tracebacks, send
 from userdiff import images
 from userdiff.halting import Failed, Stopped
+from userdiff.manifest import PartWriter
 
 IMPATIENT = """
 import sys
@@ -101,9 +103,9 @@ def test_images_still_waiting_for_the_disk_do_not_hold_up_a_stop(monkeypatch):
 
 def test_the_others_stop_when_one_process_fails_and_one_cause_is_told(flags, tmp_path, monkeypatch):
     """Process 1 fails in the midst of its work; the others are in a pass without end."""
-    forward = UNet2DConditionModel.forward
+    forward, append = UNet2DConditionModel.forward, PartWriter.append
 
-    def append_or_fail(self, row, append=__import__("userdiff.manifest").manifest.PartWriter.append):
+    def append_or_fail(self, row):
         if "part-00001" in str(self._path):
             raise OSError(5, "Input/output error", str(self._path))
         append(self, row)
@@ -112,7 +114,7 @@ def test_the_others_stop_when_one_process_fails_and_one_cause_is_told(flags, tmp
         time.sleep(0.1)
         return forward(self, *args, **options)
 
-    monkeypatch.setattr("userdiff.manifest.PartWriter.append", append_or_fail)
+    monkeypatch.setattr(PartWriter, "append", append_or_fail)
     monkeypatch.setattr(UNet2DConditionModel, "forward", slow_forward)
     with pytest.raises((Failed, OSError), match=r"Input/output error"):
         play_processes(3, *flags, "--num_images_per_user", 200, "--output_dir", tmp_path)
@@ -131,6 +133,17 @@ def test_a_signal_to_one_worker_ends_the_launch_in_order(flags, tmp_path):
     assert job.stderr.count("batch_generate.py: stopped by SIGTERM; ") == 1
     assert our_tracebacks(job.stderr) == []
     assert json.loads((tmp_path / "run.json").read_text())["history"][-1]["state"] == "stopped by signal 15"
+
+
+def test_a_killed_main_process_takes_nobody_long_and_is_spoken_for_once(flags, tmp_path):
+    job = Job(launch(3, *flags, "--num_images_per_user", 2000, "--output_dir", tmp_path))
+    wait_for_images(tmp_path)
+    family = job.family()
+    main = next(pid for pid in family if b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    send([main], signal.SIGKILL)
+    assert job.wait(60, family)
+    assert job.stderr.count("batch_generate.py: stopped by SIGTERM; ") == 1
+    assert our_tracebacks(job.stderr) == []
 
 
 # Machines and launchers
@@ -191,5 +204,7 @@ def test_a_lost_first_machine_ends_the_job_on_the_other(flags, tmp_path, impatie
     assert second.wait(90, second.family())
     assert our_tracebacks(second.stderr) == []
     assert "error: lost contact with the launcher on 127.0.0.1:" in second.stderr
-    status = subprocess.run([sys.executable, "-m", "userdiff", "status", out], capture_output=True, text=True, check=True)
+    status = subprocess.run(
+        [sys.executable, "-m", "userdiff", "status", out], capture_output=True, text=True, check=True
+    )
     assert status.stdout.startswith(f"{out}: killed\n")

@@ -26,6 +26,7 @@ from userdiff.halting import Failed, Halted, Interrupt, Stopped, launcher_is_gon
 POLL_SECONDS = 0.05
 PULSE_SECONDS = 1.0
 LOST_AFTER_PULSES = 60  # of our own: a process that was itself suspended has not waited
+SPEAKER_LOST_AFTER_PULSES = 3  # a main process that is to speak has little else left to do
 CONNECT_TIMEOUT = timedelta(seconds=60)
 
 T = TypeVar("T")
@@ -216,18 +217,21 @@ class Coordinator:
         items = [json.loads(self._ask(lambda store, key=key: store.get(key))) for key in keys]  # type: ignore[misc]
         return sorted((user_id, image_index) for user_id, image_index in items)
 
-    def say_once(self, say: Callable[[], None], patience_seconds: float = 30) -> None:
-        """Have the main process say something before any process leaves; another one says it if the main cannot."""
-        if self.is_main_process:
+    def say_once(self, say: Callable[[], None]) -> None:
+        """Have the main process say something before any process leaves; one of the others says it if the main is gone.
+
+        It is gone if it gives no sign of life while it has not spoken; before its first one it may be loading torch.
+        """
+        beat, silent = 0, 0
+        while not self.is_main_process and silent < (SPEAKER_LOST_AFTER_PULSES if beat else LOST_AFTER_PULSES):
+            if self._ask(lambda store: store.check(["said"])):
+                return
+            before, beat = beat, self._add("beat/0", 0)
+            silent = silent + 1 if beat == before else 0
+            time.sleep(PULSE_SECONDS)
+        if self.is_main_process or self._add("speakers", 1) == 1:
             say()
             self._ask(lambda store: store.set("said", ""))
-            return
-        give_up = time.monotonic() + patience_seconds
-        while not self._ask(lambda store: store.check(["said"])):
-            if time.monotonic() > give_up:
-                say()
-                return
-            time.sleep(POLL_SECONDS)
 
     # The store
 
@@ -257,23 +261,26 @@ class Coordinator:
         return Failed(f"lost contact with the launcher on {address} ({str(error).splitlines()[0]})")
 
     def _pulse(self, store: Store) -> None:
-        """Give a sign of life, look for one from the others, and hear of a reason to end."""
-        if self.interrupt.reason is not None:
-            return  # on the way out
+        """Give a sign of life and, until there is a reason to end, look out for one."""
         try:
-            if launcher_is_gone(self._parent):
-                self.interrupt.set(Stopped(signal.SIGTERM))
             store.add(f"beat/{self.process_index}", 1)
-            for other in range(1, self.num_processes) if self.is_main_process else [0]:
-                if other != self.process_index and self._is_lost(store, other):
-                    seconds = LOST_AFTER_PULSES * PULSE_SECONDS
-                    cause = f"process {other} on {_host(store, other)} has given no sign of life for {seconds:.0f} s"
-                    reason = {"signal_number": None, "cause": cause, "exit_status": 1}
-                    store.compare_set("halt", "", json.dumps(reason))
-            if store.check(["halt"]):
-                self.interrupt.set(_halted(json.loads(store.get("halt"))))
+            if self.interrupt.reason is None:
+                self._look_out(store)
         except DistError as error:
-            self.interrupt.set(self._contact_lost(error))
+            if self.interrupt.reason is None:
+                self.interrupt.set(self._contact_lost(error))
+
+    def _look_out(self, store: Store) -> None:
+        if launcher_is_gone(self._parent):
+            self.interrupt.set(Stopped(signal.SIGTERM))
+        for other in range(1, self.num_processes) if self.is_main_process else [0]:
+            if self._is_lost(store, other):
+                seconds = LOST_AFTER_PULSES * PULSE_SECONDS
+                cause = f"process {other} on {_host(store, other)} has given no sign of life for {seconds:.0f} s"
+                reason = {"signal_number": None, "cause": cause, "exit_status": 1}
+                store.compare_set("halt", "", json.dumps(reason))
+        if store.check(["halt"]):
+            self.interrupt.set(_halted(json.loads(store.get("halt"))))
 
     def _is_lost(self, store: Store, other: int) -> bool:
         beat = int(store.add(f"beat/{other}", 0))

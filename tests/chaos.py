@@ -1,0 +1,277 @@
+"""Real jobs, killed at random moments and damaged in between, until their datasets are done and right to the byte.
+
+    python -m tests.chaos --kills 300 --seed 7
+
+A round starts the job as a user would, with 1 to 3 processes, waits for a random moment after its first new image and
+kills something of it. Then every process has to go, what lies under a final name has to be whole and right, and
+sometimes a file is damaged. The next round runs the same command; the one that comes to its end has to leave the very
+bytes of a run that nobody disturbed. What is chosen is a function of the seed and the number of the round.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random, SystemRandom
+from unittest.mock import patch
+
+from tqdm import tqdm
+
+from tests.checkpoints import Shape, make_checkpoint, model_flags
+from tests.damage import Dataset, Failure, is_whole
+from tests.jobs import launch, start
+from tests.processes import POLL_SECONDS, Job, Stat, describe, our_tracebacks, send, still_alive
+
+SHAPE = Shape(sample_size=16)
+JOB_FLAGS = ["--num_images_per_user", "60", "--num_inference_steps", "2", "--batch_size", "4"]
+NUM_JOB_SEEDS = 3  # datasets share as many undisturbed runs
+KILLS_OF_A_DATASET = 12  # then it may come to its end
+MAX_FAILURES = 5
+ANY = 10**6  # images may be missing
+JOB_SECONDS = 240  # no run takes that long
+SECONDS_TO_GO = 30.0  # after a kill, for every process of the job
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a round is to be."""
+
+    num_processes: int
+    signal_number: signal.Signals
+    target: str
+    worker: int
+    missing: int  # the kill comes when no more images than these are missing ...
+    delay: float  # ... and these seconds later
+    is_while_writing: bool  # if images still come, the moment one does
+    is_damaging: bool
+
+    @classmethod
+    def draw(cls, rng: Random) -> "Choices":
+        num_processes = rng.choice([1, 2, 3])
+        missing = rng.choices([ANY, rng.randint(1, 12), 0], [6, 2, 1])[0]
+        delay = rng.uniform(0, 0.5 if missing == 0 else 1.5 if missing == ANY else 0.1)
+        return cls(
+            num_processes=num_processes,
+            signal_number=rng.choice([signal.SIGKILL, signal.SIGTERM]),
+            target=rng.choice(["worker", "workers", "launcher", "all"]) if num_processes > 1 else "process",
+            worker=rng.randrange(num_processes),
+            missing=missing,
+            delay=delay,
+            is_while_writing=rng.random() < 1 / 2,
+            is_damaging=rng.random() < 1 / 3,
+        )
+
+
+@dataclass
+class Tally:
+    """What came of it."""
+
+    kills: Counter[tuple[str, str, int]] = field(default_factory=Counter)  # by signal, target, number of processes
+    damages: Counter[str] = field(default_factory=Counter)
+    seconds_to_go: dict[tuple[str, str], float] = field(default_factory=dict)  # the longest, by signal and target
+    after_the_last_image: int = 0
+    datasets: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{'signal':9}{'target':10}" + "".join(f"{n:>8} proc." for n in (1, 2, 3)) + "   longest to go"]
+        for name, target in sorted({key[:2] for key in self.kills}):
+            cells = "".join(f"{self.kills[name, target, n] or '-':>14}" for n in (1, 2, 3))
+            lines.append(f"{name:9}{target:10}{cells}{self.seconds_to_go.get((name, target), 0):14.1f} s")
+        lines.append("damage: " + (", ".join(f"{kind} {n}" for kind, n in sorted(self.damages.items())) or "none"))
+        lines.append(
+            f"{self.kills.total()} kills, {self.after_the_last_image} of them after the last image; "
+            f"{self.datasets} datasets completed; {len(self.failures)} failures"
+        )
+        return "\n".join(lines)
+
+
+class Chaos:
+    """Rounds, until so many kills have been and the last dataset is done."""
+
+    def __init__(self, root: Path, seed: int, num_kills: int, say: Callable, on_kill: Callable) -> None:
+        self.root, self.seed, self.num_kills, self.say, self.on_kill = root, seed, num_kills, say, on_kill
+        self.flags = [*model_flags(make_checkpoint(root / "checkpoint", SHAPE), SHAPE), *JOB_FLAGS]
+        self.num_rounds, self.what = 0, ""
+        self.tally = Tally()
+        self.references: dict[int, Path] = {}
+
+    def run(self) -> None:
+        number = 0
+        while self.tally.kills.total() < self.num_kills and len(self.tally.failures) < MAX_FAILURES:
+            number += 1
+            try:
+                self.play_dataset(number)
+            except Failure as failure:
+                self.tally.failures.append(f"in dataset {number}, round {self.num_rounds} ({self.what}):\n{failure}")
+                tqdm.write(f"FAILURE {self.tally.failures[-1]}", file=sys.stderr)
+
+    def play_dataset(self, number: int) -> None:
+        job_seed = number % NUM_JOB_SEEDS
+        if job_seed not in self.references:
+            self.references[job_seed] = self.make_reference(job_seed)
+        flags = [*self.flags, "--seed", str(job_seed)]
+        dataset = Dataset(self.root / f"dataset-{number:03d}", flags, self.references[job_seed])
+        last = min(self.num_kills, self.tally.kills.total() + KILLS_OF_A_DATASET)
+        while not self.play_round(dataset, may_kill=self.tally.kills.total() < last):
+            pass
+        dataset.check_done()
+        shutil.rmtree(dataset.folder)
+        self.tally.datasets += 1
+        self.say(f"dataset {number} is done")
+
+    def make_reference(self, job_seed: int) -> Path:
+        """Run the job as one plain process that nobody disturbs."""
+        folder = self.root / f"reference-{job_seed}"
+        job = start_job(1, [*self.flags, "--seed", str(job_seed), "--output_dir", str(folder)])
+        ended = job.wait(JOB_SECONDS) and job.process.returncode == 0
+        if not ended or not all(is_whole(path.read_bytes()) for path in folder.glob("user_*/*")):
+            job.end({})
+            raise Failure(f"an undisturbed run failed:\n{job.stderr[-2000:]}")
+        return folder
+
+    def play_round(self, dataset: Dataset, may_kill: bool) -> bool:
+        """Start the job, kill something of it and look at what is left; whether it came to its end all the same."""
+        self.num_rounds += 1
+        rng = Random(f"{self.seed}/{self.num_rounds}")
+        choices = Choices.draw(rng)
+        self.what = f"no kill: {choices.num_processes} proc."
+        job = start_job(choices.num_processes, dataset.flags)
+        family: dict[int, Stat] = {}
+        try:
+            if may_kill and wait_for_moment(dataset, job, choices):
+                family = self.strike(dataset, job, choices)
+            if not family:
+                check_end(job)
+            else:
+                kind = (choices.signal_number.name, choices.target)
+                seconds = wait_until_gone(job, family)
+                self.tally.seconds_to_go[kind] = max(seconds, self.tally.seconds_to_go.get(kind, 0))
+                self.what += f", gone after {seconds:.1f} s with status {job.process.returncode}"
+            check_stderr(job.stderr)
+            dataset.check_images()
+        except Failure as failure:
+            job.end(family)
+            log = self.root / f"round-{self.num_rounds}.stderr"
+            log.write_text(job.stderr)
+            tail = "\n".join(line for line in job.stderr.splitlines() if not line.startswith("frame #"))[-4000:]
+            raise Failure(f"{failure}\nThe end of {log}, without torch's stacks:\n{tail}") from failure
+        finally:
+            job.end(family)
+        if job.process.returncode != 0 and choices.is_damaging:
+            kind, what = dataset.damage(rng)
+            self.tally.damages[kind] += 1
+            self.what += f"; {what}"
+        self.say(self.what)
+        return job.process.returncode == 0
+
+    def strike(self, dataset: Dataset, job: Job, choices: Choices) -> dict[int, Stat]:
+        """Kill what was chosen; gives every process of the job, or none where the chosen ones had gone already."""
+        family, first = job.family(), job.process.pid
+        workers = [pid for pid, stat in family.items() if stat.parent == first]
+        chosen = {
+            "process": [first],
+            "launcher": [first],
+            "worker": workers[choices.worker :][:1],
+            "workers": workers,
+            "all": [first, *workers],
+        }[choices.target]
+        made, total = dataset.num_made(), len(dataset.expected)
+        give_up = time.monotonic() + 1
+        while choices.is_while_writing and made < total and time.monotonic() < give_up:  # without a pause
+            if dataset.num_made() > made:
+                break
+        alive = [pid for pid in still_alive(family) if pid in chosen]
+        send(alive, choices.signal_number)
+        if not alive:
+            return {}
+        name, target, num_processes = choices.signal_number.name, choices.target, choices.num_processes
+        self.tally.kills[name, target, num_processes] += 1
+        self.tally.after_the_last_image += made == total
+        number = self.tally.kills.total()
+        self.what = f"kill {number}: {num_processes} proc., {name} to {target}, {made} of {total} images"
+        self.on_kill()
+        return family
+
+
+def start_job(num_processes: int, flags: Sequence[str]) -> Job:
+    if num_processes > 1:
+        return Job(launch(num_processes, *flags))
+    return Job(start([sys.executable, "batch_generate.py", "--device", "cpu", *flags]))
+
+
+def wait_until_gone(job: Job, family: dict[int, Stat]) -> float:
+    """Wait for every process of a job that was struck; gives the seconds it took."""
+    began = time.monotonic()
+    if not job.wait(SECONDS_TO_GO, family):
+        left = still_alive(family)
+        raise Failure("\n".join([f"left behind after {SECONDS_TO_GO:.0f} s, {len(left)} known:", *map(describe, left)]))
+    return time.monotonic() - began
+
+
+def wait_for_moment(dataset: Dataset, job: Job, choices: Choices) -> bool:
+    """Wait until it is time to kill: after a new image or, where none is missing, the record of a new run."""
+    begun_with, record_time, total = dataset.num_made(), dataset.record_time(), len(dataset.expected)
+    if begun_with == total and choices.missing == ANY:  # not always, or a dataset would hardly come to its end
+        return False
+    give_up = time.monotonic() + JOB_SECONDS
+    while job.is_running():
+        made = dataset.num_made()
+        has_begun = made > begun_with or (made == total and dataset.record_time() != record_time)
+        if has_begun and total - made <= choices.missing:
+            time.sleep(choices.delay)
+            return job.is_running()
+        if time.monotonic() > give_up:
+            raise Failure(f"no end after {JOB_SECONDS} s, {made} of {total} images")
+        time.sleep(POLL_SECONDS)
+    return False
+
+
+def check_end(job: Job) -> None:
+    """Wait for a job that nobody disturbs."""
+    if not job.wait(JOB_SECONDS):
+        raise Failure(f"no end after {JOB_SECONDS} s")
+    if job.process.returncode:
+        raise Failure(f"ended by itself with status {job.process.returncode}")
+
+
+def check_stderr(stderr: str) -> None:
+    if blocks := our_tracebacks(stderr):
+        raise Failure("\n".join(["a traceback of the job's own:", *blocks]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=300, help="how many (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of all choices (default: a random one, printed)")
+    parser.add_argument("--verbose", action="store_true", help="a line for every kill instead of a progress bar")
+    args = parser.parse_args(argv)
+    seed = SystemRandom().randrange(10**6) if args.seed is None else args.seed
+    print(f"seed {seed}", flush=True)
+    root = Path(tempfile.mkdtemp(prefix="userdiff-chaos-"))
+    environment = {"OMP_NUM_THREADS": "1", "TMPDIR": str(root)}  # launchers that are killed leave folders behind
+    say = partial(print, flush=True) if args.verbose else lambda line: None
+    bar = tqdm(total=args.kills, unit=" kills", dynamic_ncols=True, disable=args.verbose or None)
+    with patch.dict(os.environ, environment), bar:
+        chaos = Chaos(root, seed, args.kills, say, on_kill=bar.update)
+        with suppress(KeyboardInterrupt):  # what there was until then is worth a tally
+            chaos.run()
+    print(f"seed {seed}", chaos.tally, sep="\n")
+    if chaos.tally.failures:
+        print(*(f"FAILURE {text}" for text in chaos.tally.failures), f"What they left is in {root}", sep="\n")
+        return 1
+    shutil.rmtree(root)
+    return 0 if chaos.tally.kills.total() >= args.kills else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
