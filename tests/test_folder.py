@@ -1,5 +1,6 @@
 """What a job does with a folder that something is in already, and with a disk that refuses."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from PIL import Image
 from tests.checkpoints import model_flags
 from tests.jobs import finish, play_processes, run_job, start, tree
 from userdiff import images
+from userdiff.folder import disk_failure
 
 
 @pytest.fixture(scope="module")
@@ -300,3 +302,17 @@ def test_a_folder_one_may_not_write_is_one_line(flags, tmp_path):
     assert stderr.count("\n") == 1
     assert stdout == ""
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.EDQUOT, "Disk quota exceeded (out/user_01/generated_000.png), make room, or have the quota raised"),
+        (errno.EROFS, "Read-only file system (out/user_01/generated_000.png), have it mounted for writing"),
+        (errno.EIO, "Input/output error (out/user_01/generated_000.png), see to the disk"),
+    ],
+)
+def test_what_a_disk_refuses_is_said_with_a_remedy(number, said):
+    error = OSError(number, os.strerror(number), "out/user_01/generated_000.png")
+    assert str(disk_failure(error)) == f"--output_dir: {said}"
+    assert disk_failure(error).exit_status == 1

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import model_flags
 from tests.jobs import play_processes, run_job, tree
 from tests.oracle import assert_parity, oracle_image, oracle_seed
+from userdiff.halting import Failed
 from userdiff.manifest import COLUMNS
 
 NUM_USERS = 5
@@ -381,3 +382,13 @@ def test_an_interrupt_while_torch_is_loading_is_one_line(flags, tmp_path, capsys
     monkeypatch.setattr("userdiff.runner.run", interrupted)
     assert run_job(*flags, "--output_dir", tmp_path / "out") == 130
     assert capsys.readouterr().err == "batch_generate.py: stopped by SIGINT before anything was made\n"
+
+
+def test_another_process_that_found_bad_input_is_quoted_without_a_promise(flags, tmp_path, capsys, monkeypatch):
+    def failed(config):
+        raise Failed("process 3 on node7: --vae_path: nowhere is not a folder", exit_status=2)
+
+    monkeypatch.setattr("userdiff.runner.run", failed)
+    assert run_job(*flags, "--output_dir", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert said == "batch_generate.py: error: process 3 on node7: --vae_path: nowhere is not a folder\n"

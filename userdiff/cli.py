@@ -78,10 +78,11 @@ def _generate(argv: Sequence[str] | None, prog: str) -> int:
     except UsageError as error:
         return _say_error(f"{prog}: error: {error}", error.exit_status)
     except Halted as end:
-        error_mark = "" if isinstance(end, Stopped) else "error: "
-        progress = end.progress or f"what is done is kept in {config.output_dir}"
-        again = "the same command" + (", without --overwrite," if config.overwrite else "")
-        line = f"{prog}: {error_mark}{end}; {progress}, {again} goes on from there"
+        line = f"{prog}: {end}" if isinstance(end, Stopped) else f"{prog}: error: {end}"
+        if end.exit_status != UsageError.exit_status:  # the same command would do no better
+            progress = end.progress or f"what is done is kept in {config.output_dir}"
+            again = "the same command" + (", without --overwrite," if config.overwrite else "")
+            line += f"; {progress}, {again} goes on from there"
         return _say_error(line, end.exit_status)
 
 
