@@ -153,10 +153,7 @@ class Chaos:
             if not family:
                 check_end(job)
             else:
-                kind = (choices.signal_number.name, choices.target)
-                seconds = wait_until_gone(job, family)
-                self.tally.seconds_to_go[kind] = max(seconds, self.tally.seconds_to_go.get(kind, 0))
-                self.what += f", gone after {seconds:.1f} s with status {job.process.returncode}"
+                self.see_it_go(job, family, (choices.signal_number.name, choices.target))
             check_stderr(job.stderr)
             dataset.check_images()
         except Failure as failure:
@@ -202,20 +199,22 @@ class Chaos:
         self.on_kill()
         return family
 
+    def see_it_go(self, job: Job, family: dict[int, Stat], kind: tuple[str, str]) -> None:
+        """Wait for every process of a job that was struck to go by itself."""
+        began = time.monotonic()
+        has_gone = job.wait(SECONDS_TO_GO, family)
+        seconds = time.monotonic() - began
+        self.tally.seconds_to_go[kind] = max(seconds, self.tally.seconds_to_go.get(kind, 0))
+        if not has_gone:
+            left = still_alive(family)
+            raise Failure("\n".join([f"left behind after {seconds:.0f} s, {len(left)} known:", *map(describe, left)]))
+        self.what += f", gone after {seconds:.1f} s with status {job.process.returncode}"
+
 
 def start_job(num_processes: int, flags: Sequence[str]) -> Job:
     if num_processes > 1:
         return Job(launch(num_processes, *flags))
     return Job(start([sys.executable, "batch_generate.py", "--device", "cpu", *flags]))
-
-
-def wait_until_gone(job: Job, family: dict[int, Stat]) -> float:
-    """Wait for every process of a job that was struck; gives the seconds it took."""
-    began = time.monotonic()
-    if not job.wait(SECONDS_TO_GO, family):
-        left = still_alive(family)
-        raise Failure("\n".join([f"left behind after {SECONDS_TO_GO:.0f} s, {len(left)} known:", *map(describe, left)]))
-    return time.monotonic() - began
 
 
 def wait_for_moment(dataset: Dataset, job: Job, choices: Choices) -> bool:

@@ -212,11 +212,18 @@ def test_what_a_job_will_take_is_said_before_it_starts(job, tmp_path, capsys, mo
     assert "Disk" not in capsys.readouterr().out  # nothing to write
 
 
-@pytest.mark.parametrize("free", [(8192, 10**6), (10**9, 3)], ids=["bytes", "files"])
-def test_a_disk_that_is_too_small_is_said_up_front(job, tmp_path, capsys, monkeypatch, free):
+@pytest.mark.parametrize(
+    ("free", "has"),
+    [((8192, 10**6), "{out} has 8.19kB free"), ((10**9, 3), "its file system has room for 3 more files")],
+    ids=["bytes", "files"],
+)
+def test_a_disk_that_is_too_small_is_said_up_front(job, tmp_path, capsys, monkeypatch, free, has):
     monkeypatch.setattr(os, "statvfs", disk(*free))
     assert run_job(*job) == 0
-    assert "Warning: 15 images take at most 61.4kB, and " in capsys.readouterr().err
+    warning = (
+        f"Warning: 15 images take at most 61.4kB, and {has.format(out=tmp_path / 'out')}; a full disk stops the job"
+    )
+    assert warning in capsys.readouterr().err
 
 
 def test_the_first_images_tell_what_the_rest_will_take(flags, tmp_path, capsys, monkeypatch):

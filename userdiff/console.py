@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from userdiff import images
 from userdiff.config import JobConfig, format_ids
 from userdiff.coordination import Coordinator
 from userdiff.gallery import PREVIEW_NAME
 from userdiff.halting import Halted
-from userdiff.images import file_name, free_space
+from userdiff.images import file_name
 from userdiff.loading import JobModel
 from userdiff.manifest import MANIFEST_NAME, Row
 from userdiff.planning import Plan
@@ -72,16 +73,19 @@ def _say_disk(output_dir: Path, model: JobModel, plan: Plan, rows: Sequence[Row]
         return
     size = sum(row.num_bytes for row in rows) / len(rows) if rows else model.uncompressed_bytes
     about = "about" if rows else "at most"
-    needed, free, is_short = free_space(output_dir, plan.num_waiting, size)
-    _say(f"Disk: {about} {_bytes(needed)} to write, {_bytes(free)} free")
-    if is_short:
-        _warn_of_full_disk(output_dir, plan.num_waiting, about, needed, free)
+    space = images.space(output_dir, plan.num_waiting, size)
+    _say(f"Disk: {about} {_bytes(space.needed)} to write, {_bytes(space.free)} free")
+    if space.is_short:
+        _warn_of_full_disk(output_dir, space, about)
 
 
-def _warn_of_full_disk(output_dir: Path, num_images: int, about: str, needed: float, free: float) -> None:
+def _warn_of_full_disk(output_dir: Path, space: images.Space, about: str) -> None:
+    has = f"{output_dir} has {_bytes(space.free)} free"
+    if space.needed <= space.free:
+        has = f"its file system has room for {space.free_files} more files"
     _warn(
-        f"{num_images} images take {about} {_bytes(needed)}, and {output_dir} has {_bytes(free)} free, or too few files; "
-        "a full disk stops the job, and what is made stays"
+        f"{space.num_files} images take {about} {_bytes(space.needed)}, and {has}; a full disk stops the job, and what is "
+        "made stays"
     )
 
 
@@ -124,9 +128,9 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
             if not is_judged and num_images >= min(plan.batch_size, plan.num_waiting):
                 is_judged = True
                 left = plan.num_waiting - num_images
-                needed, free, is_short = free_space(output_dir, left, num_bytes / num_images)
-                if is_short:
-                    _warn_of_full_disk(output_dir, left, "about", needed, free)
+                space = images.space(output_dir, left, num_bytes / num_images)
+                if space.is_short:
+                    _warn_of_full_disk(output_dir, space, "about")
 
         try:
             yield refresh

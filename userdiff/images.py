@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,16 +142,28 @@ def errors_naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def free_space(output_dir: Path, num_files: int, bytes_per_file: float) -> tuple[float, float, bool]:
-    """Give the bytes that so many files take, the bytes free, and whether space or number of files falls short.
+class Space(NamedTuple):
+    """What some files take of a disk, and what it has. A quota shows in none of this."""
 
-    A file takes whole blocks. A quota shows in none of this.
-    """
+    num_files: int
+    needed: int
+    """Bytes; a file takes whole blocks."""
+    free: int
+    """Bytes."""
+    free_files: float
+    """How many more files it has room for; infinite where the file system does not count them."""
+
+    @property
+    def is_short(self) -> bool:
+        """Whether something will not fit."""
+        return self.needed > self.free or self.num_files > self.free_files
+
+
+def space(output_dir: Path, num_files: int, bytes_per_file: float) -> Space:
+    """Compare so many files with the room that a folder's disk has."""
     disk = os.statvfs(output_dir)
     needed = num_files * math.ceil(bytes_per_file / disk.f_frsize) * disk.f_frsize
-    free = disk.f_bavail * disk.f_frsize
-    too_many = disk.f_files > 0 and disk.f_favail < num_files  # some file systems do not count files
-    return needed, free, needed > free or too_many
+    return Space(num_files, needed, disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else math.inf)
 
 
 class WriterPool:
