@@ -147,6 +147,13 @@ def test_the_main_process_waits_for_the_others_to_leave_but_not_for_ever(process
     main.wait_until_left(600)
 
 
+def test_the_main_process_does_not_wait_for_the_dead(processes, quick_pulse):
+    main, dead = processes(2)
+    time.sleep(0.2)
+    dead._line.close()  # as SIGKILL would have it: without a word
+    main.wait_until_left(600)
+
+
 # Signs of life
 
 

@@ -83,7 +83,7 @@ def _generate(argv: Sequence[str] | None, prog: str) -> int:
             progress = end.progress or f"what is done is kept in {config.output_dir}"
             again = "the same command" + (", without --overwrite," if config.overwrite else "")
             line += f"; {progress}, {again} goes on from there"
-        return _say_error(line, end.exit_status)
+        return _say_error(line, end.exit_status, is_alone=end.is_alone)
 
 
 def status(output_dir: Path) -> int:
@@ -147,10 +147,10 @@ def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, sc
     return 0
 
 
-def _say_error(line: str, status: int) -> int:
+def _say_error(line: str, status: int, *, is_alone: bool = False) -> int:
     """Print one line, once: the main process does, before any process of the launch leaves. Returns `status`."""
     one_line = " ".join(line.splitlines())
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if is_alone or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         print(one_line, file=sys.stderr)
         return status
     from userdiff.coordination import connect

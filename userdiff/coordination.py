@@ -26,7 +26,7 @@ from userdiff.halting import Failed, Halted, Interrupt, Stopped, launcher_is_gon
 POLL_SECONDS = 0.05
 PULSE_SECONDS = 1.0
 LOST_AFTER_PULSES = 60  # of our own: a process that was itself suspended has not waited
-SPEAKER_LOST_AFTER_PULSES = 3  # a main process that is to speak has little else left to do
+GONE_AFTER_PULSES = 3  # of a process that has little else left to do but to leave
 CONNECT_TIMEOUT = timedelta(seconds=60)
 
 T = TypeVar("T")
@@ -53,6 +53,23 @@ def open_store(num_processes: int) -> Store:
 def restart_count() -> int:
     """How often the launcher has restarted this group of processes after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+class _Watch:
+    """For how long other processes have given no sign of life, in times that they were looked for."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[int, int]] = {}  # process -> its count, how often in a row it was the same
+
+    def look_for(self, store: Store, other: int) -> None:
+        beat = int(store.add(f"beat/{other}", 0))
+        before, silent = self._seen.get(other, (beat, 0))
+        self._seen[other] = beat, silent + 1 if beat == before else 0
+
+    def has_died(self, other: int, looks: int) -> bool:
+        """Whether so many looks found nothing new; of a process that never gave a sign, LOST_AFTER_PULSES."""
+        beat, silent = self._seen.get(other, (0, 0))
+        return silent >= (looks if beat else LOST_AFTER_PULSES)
 
 
 class _Line:
@@ -121,7 +138,8 @@ class Coordinator:
         self.num_processes = num_processes
         self.interrupt = interrupt or Interrupt()
         self._parent = os.getppid()
-        self._last_beats: dict[int, tuple[int, int]] = {}  # process -> its count, our pulses since it changed
+        self._watch = _Watch()
+        self._watched = range(1, num_processes) if process_index == 0 else range(1)
         self._line = _Line(open_store, self._pulse, patience or LOST_AFTER_PULSES)
         self._ask(lambda store: store.set(f"host/{process_index}", socket.gethostname()))
 
@@ -160,11 +178,13 @@ class Coordinator:
         self._ask(lambda store: store.compare_set("halt", "", json.dumps(reason)))
 
     def wait_until_left(self, seconds: float) -> None:
-        """Wait until the other processes have left, but not longer than this."""
-        keys = [f"left/{index}" for index in range(self.num_processes) if index != self.process_index]
+        """Wait until the other processes have left or died, but not longer than this."""
+        others = {index for index in range(self.num_processes) if index != self.process_index}
         deadline = time.monotonic() + seconds
         with suppress(Halted):
-            while time.monotonic() < deadline and not self._ask(lambda store: store.check(keys)):
+            while others and time.monotonic() < deadline:
+                gone = {other for other in others if self._watch.has_died(other, GONE_AFTER_PULSES)}
+                others -= gone | {other for other in others if self._ask(partial(_has_left, other))}
                 time.sleep(POLL_SECONDS)
 
     # The plan and its batches
@@ -222,13 +242,10 @@ class Coordinator:
 
         It is gone if it gives no sign of life while it has not spoken; before its first one it may be loading torch.
         """
-        beat, silent = 0, 0
-        while not self.is_main_process and silent < (SPEAKER_LOST_AFTER_PULSES if beat else LOST_AFTER_PULSES):
+        while not self.is_main_process and not self._watch.has_died(0, GONE_AFTER_PULSES):
             if self._ask(lambda store: store.check(["said"])):
                 return
-            before, beat = beat, self._add("beat/0", 0)
-            silent = silent + 1 if beat == before else 0
-            time.sleep(PULSE_SECONDS)
+            time.sleep(POLL_SECONDS)
         if self.is_main_process or self._add("speakers", 1) == 1:
             say()
             self._ask(lambda store: store.set("said", ""))
@@ -255,15 +272,17 @@ class Coordinator:
         deadline = time.monotonic() + 1  # its connections close a moment before its children become orphans
         while time.monotonic() < deadline:
             if launcher_is_gone(self._parent):
-                return Stopped(signal.SIGTERM)
+                return Stopped(signal.SIGTERM, is_alone=True)
             time.sleep(POLL_SECONDS)
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        return Failed(f"lost contact with the launcher on {address} ({str(error).splitlines()[0]})")
+        return Failed(f"lost contact with the launcher on {address} ({str(error).splitlines()[0]})", is_alone=True)
 
     def _pulse(self, store: Store) -> None:
-        """Give a sign of life and, until there is a reason to end, look out for one."""
+        """Give a sign of life, look for one from the others and, until there is a reason to end, look out for one."""
         try:
             store.add(f"beat/{self.process_index}", 1)
+            for other in self._watched:
+                self._watch.look_for(store, other)
             if self.interrupt.reason is None:
                 self._look_out(store)
         except DistError as error:
@@ -272,9 +291,9 @@ class Coordinator:
 
     def _look_out(self, store: Store) -> None:
         if launcher_is_gone(self._parent):
-            self.interrupt.set(Stopped(signal.SIGTERM))
-        for other in range(1, self.num_processes) if self.is_main_process else [0]:
-            if self._is_lost(store, other):
+            self.interrupt.set(Stopped(signal.SIGTERM, is_alone=True))
+        for other in self._watched:
+            if self._watch.has_died(other, LOST_AFTER_PULSES) and not _has_left(other, store):
                 seconds = LOST_AFTER_PULSES * PULSE_SECONDS
                 cause = f"process {other} on {_host(store, other)} has given no sign of life for {seconds:.0f} s"
                 reason = {"signal_number": None, "cause": cause, "exit_status": 1}
@@ -282,12 +301,9 @@ class Coordinator:
         if store.check(["halt"]):
             self.interrupt.set(_halted(json.loads(store.get("halt"))))
 
-    def _is_lost(self, store: Store, other: int) -> bool:
-        beat = int(store.add(f"beat/{other}", 0))
-        before, silent = self._last_beats.get(other, (beat, 0))
-        silent = silent + 1 if beat == before else 0
-        self._last_beats[other] = beat, silent
-        return silent >= LOST_AFTER_PULSES and not store.check([f"left/{other}"])
+
+def _has_left(process_index: int, store: Store) -> bool:
+    return bool(store.check([f"left/{process_index}"]))
 
 
 def _halted(reason: dict[str, Any]) -> Halted:

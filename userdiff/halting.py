@@ -16,15 +16,18 @@ class Halted(Exception):
     exit_status = 1
     progress = ""
     """How much is done, where the main process could still tell."""
+    is_alone = False
+    """Whether this process can no longer reach the others."""
 
 
 class Stopped(Halted):
     """A signal asked for it."""
 
-    def __init__(self, signal_number: int) -> None:
+    def __init__(self, signal_number: int, *, is_alone: bool = False) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
         self.signal_number = signal_number
         self.exit_status = 128 + signal_number
+        self.is_alone = is_alone
 
 
 class Failed(Halted):
@@ -33,9 +36,10 @@ class Failed(Halted):
     Every process leaves with the same exit status, since a launcher reports that of whichever leaves first.
     """
 
-    def __init__(self, cause: str, exit_status: int = 1) -> None:
+    def __init__(self, cause: str, exit_status: int = 1, *, is_alone: bool = False) -> None:
         super().__init__(cause)
         self.exit_status = exit_status
+        self.is_alone = is_alone
 
 
 class Interrupt:
