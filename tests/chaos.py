@@ -56,7 +56,7 @@ class Choices:
 
     @classmethod
     def draw(cls, rng: Random) -> "Choices":
-        num_processes = rng.choice([1, 2, 3])
+        num_processes = rng.choices([1, 2, 3], [2, 1, 1])[0]  # launches take longer to start
         missing = rng.choices([ANY, rng.randint(1, 12), 0], [6, 2, 1])[0]
         delay = rng.uniform(0, 0.5 if missing == 0 else 1.5 if missing == ANY else 0.1)
         return cls(

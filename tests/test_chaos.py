@@ -11,7 +11,7 @@ from tests.damage import DAMAGES, Dataset, Failure
 from tests.jobs import run_job
 from tests.processes import our_tracebacks
 
-SEED = 250  # 3 plain processes and 2 launches; an image cut, a user deleted, a temporary left
+SEED = 79  # two plain processes; two launches, one told to end and one whose launcher is killed; two damages
 
 
 @pytest.fixture(scope="module")
@@ -59,4 +59,4 @@ torch.distributed.elastic.multiprocessing.api.SignalException: Process 7 got sig
 
 
 def test_jobs_that_are_killed_and_damaged_leave_the_bytes_of_one_that_was_not(capsys):
-    assert chaos.main(["--kills", "5", "--seed", str(SEED)]) == 0, capsys.readouterr()
+    assert chaos.main(["--kills", "4", "--seed", str(SEED)]) == 0, capsys.readouterr()
