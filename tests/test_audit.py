@@ -216,6 +216,22 @@ def test_an_unfinished_dataset_lacks_what_was_not_made_and_merged(out):
         assert "unmerged" not in {problem.kind for problem in verify(out)}  # it is being written
 
 
+def test_an_image_whose_row_is_on_the_way_is_no_problem_while_a_job_runs(out):
+    text = (out / "manifest.csv").read_text()
+    (out / "manifest.csv").write_text("".join(text.splitlines(keepends=True)[:-1]))
+    with folder_lock(out):
+        assert "unrecorded" not in {problem.kind for problem in verify(out)}
+    assert "unrecorded" in {problem.kind for problem in verify(out)}
+
+
+def test_a_job_image_that_cannot_be_read_and_has_no_row_is_not_called_foreign(out):
+    text = (out / "manifest.csv").read_text()
+    (out / "manifest.csv").write_text("".join(text.splitlines(keepends=True)[:-1]))
+    (out / "user_02" / "generated_002.png").write_bytes(b"\x89PNG half")
+    what = "no row in the manifest, and not a readable PNG"
+    assert Problem("changed", "user_02/generated_002.png", what) in verify(out)
+
+
 def test_without_a_record_the_manifest_alone_is_compared(out):
     (out / "run.json").unlink()
     assert verify(out, deep=True) == []
@@ -270,7 +286,7 @@ def test_flat_images_are_found_and_only_small_files_are_opened(out, monkeypatch)
     is_flat = images.is_flat
     monkeypatch.setattr(images, "is_flat", lambda path: opened.append(path) or is_flat(path))
     large = [row.__class__(**{c: getattr(row, c) for c in COLUMNS} | {"num_bytes": 10**6}) for row in rows[4:]]
-    assert flat_images(out, [*small[:4], *large]) == [(1, 0), (1, 1), (1, 2)]
+    assert flat_images(out, [*small[:4], *large]) == ([(1, 0), (1, 1), (1, 2)], set())
     assert len(opened) == 4
 
 

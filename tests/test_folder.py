@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from PIL import Image
 
 from tests.checkpoints import model_flags
 from tests.jobs import finish, play_processes, run_job, start, tree
-from userdiff import images
+from userdiff import images, record
 from userdiff.folder import disk_failure
 
 
@@ -106,12 +107,112 @@ def test_without_a_record_images_of_another_run_are_refused(job, out, capsys):
 def test_a_damaged_record_is_refused_and_overwritten_on_demand(job, out, reference, capsys, content):
     (out / "run.json").write_text(content)
     assert run_job(*job) == 2
-    assert "restore it, or start again with --overwrite" in capsys.readouterr().err
+    assert "or start again with --overwrite" in capsys.readouterr().err
     assert run_job(*job, "--overwrite") == 0
     assert tree(out) == tree(reference)
 
 
+def test_a_strangers_image_is_not_replaced_by_a_plain_run_either(job, out, capsys):
+    content = picture(out / "user_02" / "generated_003.png")
+    assert run_job(*job, "--num_images_per_user", 4) == 2
+    error = capsys.readouterr().err
+    assert "--output_dir: " in error
+    assert "user_02/generated_003.png was not made by this job or one before it" in error
+    assert (out / "user_02" / "generated_003.png").read_bytes() == content
+    assert run_job(*job) == 0  # nobody asks for that one
+
+
+def test_a_recorded_image_that_somebody_edited_is_made_again(job, out, reference):
+    picture(out / "user_02" / "generated_001.png")
+    assert run_job(*job) == 0
+    assert tree(out) == tree(reference)
+
+
+def test_a_user_folder_that_leads_to_another_dataset_is_not_written_through(job, flags, out, tmp_path):
+    other = tmp_path / "other"
+    assert run_job(*flags, "--seed", 9, "--num_images_per_user", 4, "--output_dir", other) == 0
+    before = tree(other)
+    shutil.rmtree(out / "user_05")
+    lines = (out / "manifest.csv").read_text().splitlines(keepends=True)
+    (out / "manifest.csv").write_text("".join(line for line in lines if "user_05" not in line))
+    (out / "user_05").symlink_to(other / "user_05")
+    assert run_job(*job) == 2
+    assert run_job(*job, "--overwrite") == 2
+    assert tree(other) == before
+
+
+def test_somebodys_table_is_not_replaced(job, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.csv").write_text("name,age\nAda,36\n")
+    assert run_job(*job) == 2
+    assert "holds a manifest.csv that no job made" in capsys.readouterr().err
+    assert (tmp_path / "out" / "manifest.csv").read_text() == "name,age\nAda,36\n"
+
+
+def test_a_user_folder_that_is_a_file_is_one_line(job, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "user_02").write_text("")
+    assert run_job(*job) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("batch_generate.py: error: --output_dir: ")
+
+
+def test_what_is_lost_beyond_the_request_is_said(job, out, capsys):
+    (out / "user_04" / "generated_002.png").unlink()
+    (out / "user_05" / "generated_000.png").write_bytes(b"half")
+    (out / "user_01" / "generated_001.png").unlink()
+    assert run_job(*job, "--user_ids", 1) == 0
+    said = capsys.readouterr().out
+    assert (
+        "Warning: 2 images are beyond this request and missing or damaged: user_04/generated_002.png, "
+        "user_05/generated_000.png\n"
+    ) in said
+    assert "Note: 1 image is missing or damaged and made again: user_01/generated_001.png\n" in said
+
+
+def test_a_worker_that_outlived_its_job_keeps_the_next_one_out(job, out, reference, capsys, monkeypatch):
+    monkeypatch.setattr(record, "WRITERS_SECONDS", 0.2)
+    with record.writing(out):
+        assert run_job(*job, "--seed", 7, "--overwrite") == 2
+        assert "a process of an earlier job still has" in capsys.readouterr().err
+    assert tree(out) == tree(reference)
+    assert run_job(*job) == 0
+    assert not list(out.glob(".userdiff*"))
+
+
+def test_nobody_listening_does_not_end_a_job(job, out):
+    command = " ".join(map(str, [sys.executable, "batch_generate.py", *job, "--num_images_per_user", 4]))
+    status, stdout, stderr = finish(
+        start(["bash", "-c", f"set -o pipefail; {command} | head -n 1"], OMP_NUM_THREADS="1")
+    )
+    assert stdout.count("\n") == 1
+    assert status == 0, stderr
+    assert len(list(out.glob("user_*/*.png"))) == 20
+
+
 # --overwrite
+
+
+def test_an_interrupt_before_anything_was_removed_removes_nothing(job, out, reference, monkeypatch):
+    read = images.read_text_chunks
+
+    def read_and_interrupt(path):
+        os.kill(os.getpid(), signal.SIGINT)
+        return read(path)
+
+    (out / "manifest.csv").unlink()
+    monkeypatch.setattr(images, "read_text_chunks", read_and_interrupt)
+    assert run_job(*job, "--overwrite") == 130
+    assert len(list(out.glob("user_*/*.png"))) == 15
+
+
+def test_overwrite_leaves_a_linked_folder_and_what_only_has_the_name_of_an_image(job, out, tmp_path):
+    (out / "user_02").rename(tmp_path / "larger_disk")
+    (out / "user_02").symlink_to(tmp_path / "larger_disk")
+    (out / "user_03" / "generated_999.png").write_bytes(b"\xff\xd8\xff a photo")
+    assert run_job(*job, "--seed", 7, "--overwrite") == 0
+    assert (out / "user_02").is_symlink()
+    assert len(list((tmp_path / "larger_disk").iterdir())) == 3
+    assert (out / "user_03" / "generated_999.png").read_bytes() == b"\xff\xd8\xff a photo"
 
 
 def test_overwrite_removes_what_a_job_wrote_and_nothing_else(job, flags, out, tmp_path):
@@ -149,7 +250,7 @@ def test_overwrite_does_not_take_the_place_of_a_strangers_image(job, out, refere
     content = picture(out / "user_02" / "generated_003.png")
     assert run_job(*job, "--overwrite", "--num_images_per_user", 4) == 2
     assert "--overwrite: " in (error := capsys.readouterr().err)
-    assert "user_02/generated_003.png was not made by a job, but an image of this one goes there; move it away" in error
+    assert "user_02/generated_003.png was not made by this job or one before it, but an image of" in error
     assert (out / "user_02" / "generated_003.png").read_bytes() == content
     (out / "user_02" / "generated_003.png").unlink()
     assert tree(out) == tree(reference)  # nothing was removed
@@ -187,6 +288,28 @@ def test_images_of_one_colour_are_counted_and_named(job, tmp_path, capsys, monke
     assert warning in capsys.readouterr().out
     assert run_job(*job) == 0  # they are there, whoever made them
     assert warning in capsys.readouterr().out
+
+
+def test_a_small_image_that_cannot_be_read_is_made_again_by_the_run_after(job, out, reference, capsys, monkeypatch):
+    """Of the right size, so that only the look for images of one colour opens it."""
+    monkeypatch.setattr("userdiff.audit.FLAT_TOLERANCE", 100)
+    path = out / "user_01" / "generated_001.png"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert run_job(*job) == 1
+    assert "Failed: 1 image is gone or changed since written" in capsys.readouterr().out
+    assert run_job(*job) == 0
+    assert tree(out) == tree(reference)
+
+
+def test_a_stop_while_the_end_is_looked_at_counts_every_image(job, tmp_path, capsys, monkeypatch):
+    def flat_images(output_dir, rows):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            pass
+
+    monkeypatch.setattr("userdiff.audit.flat_images", flat_images)
+    assert run_job(*job) == 143
+    assert "stopped by SIGTERM; 15 of 15 images are in " in capsys.readouterr().err
 
 
 # Disks

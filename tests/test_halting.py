@@ -74,3 +74,18 @@ def test_ctrl_c_is_deadly_only_for_a_while():
     with deadly_interrupt():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def load_as_a_library_does(interrupt):
+    with interrupt.abandonable():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(10**6):
+                pass
+        except Exception as error:
+            raise ValueError(f"the file is damaged: {error}") from error
+
+
+def test_a_reason_to_end_wins_over_what_a_library_makes_of_it():
+    with Interrupt().listen() as interrupt, pytest.raises(Stopped):
+        load_as_a_library_does(interrupt)

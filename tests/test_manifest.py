@@ -21,6 +21,7 @@ from userdiff.manifest import (
     finished_rows,
     part_path,
     part_paths,
+    read_all,
     read_rows,
     write_manifest,
 )
@@ -486,6 +487,13 @@ def test_what_is_read_is_shown_and_what_is_believed_is_not_read(tmp_path):
 
     assert finished_rows(tmp_path, RECIPE, published, track=track) == [believed, claimed]
     assert shown == [1]
+
+
+def test_whoever_stops_listening_waits_for_no_more_than_a_slice():
+    read = []
+    for _ in read_all(read.append, range(100_000)):
+        break
+    assert len(read) <= 2000
 
 
 def test_an_empty_folder_holds_nothing_finished(tmp_path):

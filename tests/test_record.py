@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from userdiff.record import RunRecord, differences, folder_lock, identity_hash, make_identity
+from userdiff.record import (
+    RunRecord,
+    differences,
+    folder_lock,
+    identity_hash,
+    make_identity,
+    wait_for_writers,
+    writing,
+)
 
 IDENTITY = {"seed": 42, "vae": {"weights": "ab12", "config": {"scaling_factor": 0.7}}, "user_index": {"1": 0, "3": 1}}
 NUMERICS = {"batch_size": 16, "device": "x86_64"}
@@ -99,7 +108,10 @@ def test_a_damaged_record_is_refused_and_left_as_it_is(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"damaged") as raised:
         RunRecord.read(tmp_path)
-    assert str(raised.value) == f"{path} is damaged; restore it, or start again with --overwrite"
+    assert str(raised.value) == (
+        f"{path} is damaged; restore it, or remove it (the images say themselves what they are), or start again with "
+        "--overwrite"
+    )
     assert path.read_bytes() == content
 
 
@@ -287,3 +299,29 @@ def test_two_folders_have_two_locks(tmp_path):
         folder.mkdir()
     with folder_lock(folders[0]), folder_lock(folders[1]):
         assert [len(list(folder.iterdir())) for folder in folders] == [1, 1]
+
+
+# Those who may still write
+
+
+def test_a_process_that_may_still_write_is_waited_for_and_then_refused(tmp_path):
+    with writing(tmp_path), writing(tmp_path), pytest.raises(ValueError, match="a process of an earlier job still has"):
+        wait_for_writers(tmp_path, seconds=0.2)
+    wait_for_writers(tmp_path, seconds=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_that_goes_is_waited_for(tmp_path):
+    gate = threading.Event()
+
+    def write():
+        with writing(tmp_path):
+            gate.wait(60)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not list(tmp_path.iterdir()):
+        pass
+    threading.Timer(0.3, gate.set).start()
+    wait_for_writers(tmp_path, seconds=60)
+    writer.join(60)

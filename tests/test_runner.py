@@ -352,12 +352,12 @@ def test_a_disk_that_fails_is_one_line_and_loses_nothing(flags, reference, tmp_p
 
     publish, published = images.publish, []
 
-    def publish_until_full(path, data):
+    def publish_until_full(path, data, **options):
         if path.suffix == ".png":
             published.append(path)
             if len(published) == 9:
                 raise OSError(28, "No space left on device")
-        publish(path, data)
+        publish(path, data, **options)
 
     job = [*flags, "--num_images_per_user", 11, "--batch_size", 4, "--output_dir", tmp_path]
     monkeypatch.setattr(images, "publish", publish_until_full)
@@ -375,13 +375,16 @@ def test_a_disk_that_fails_is_one_line_and_loses_nothing(flags, reference, tmp_p
     assert tree(tmp_path) == reference
 
 
-def test_an_interrupt_while_torch_is_loading_is_one_line(flags, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("rank", "said"), [("0", "batch_generate.py: stopped by SIGINT\n"), ("1", "")])
+def test_an_interrupt_while_torch_is_loading_is_one_line(flags, tmp_path, capsys, monkeypatch, rank, said):
     def interrupted(config):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("userdiff.runner.run", interrupted)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # and no store to be found, which torch would be needed for
     assert run_job(*flags, "--output_dir", tmp_path / "out") == 130
-    assert capsys.readouterr().err == "batch_generate.py: stopped by SIGINT before anything was made\n"
+    assert capsys.readouterr().err == said
 
 
 def test_another_process_that_found_bad_input_is_quoted_without_a_promise(flags, tmp_path, capsys, monkeypatch):

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from userdiff.config import id_range
 from userdiff.manifest import Item, Recipe, Row, Track
 from userdiff.record import RECORD_NAME, RunRecord, folder_lock, lock_holder
 
+FLAT_TOLERANCE = 1.5  # times the size of a black image's file, whose text may be longer
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 
 
@@ -92,12 +92,12 @@ def verify(output_dir: Path, *, deep: bool = False, track: Track = lambda rows, 
     if run_record is None and not (output_dir / manifest.MANIFEST_NAME).is_file():
         raise ValueError(f"{output_dir} holds no dataset: neither {RECORD_NAME} nor {manifest.MANIFEST_NAME}")
     recipe = Recipe.of(run_record.identity, run_record.run) if run_record else None
+    files = list(images.user_files(output_dir))  # before the rows, which come after the files while a job runs
     rows = {(row.user_id, row.image_index): row for row in _rows(output_dir, recipe)}
-    problems = [*_manifest_problems(output_dir, run_record), *_strangers(output_dir, rows)]
-    with ThreadPoolExecutor(manifest.READER_THREADS) as readers:
-        check = _deep_problem if deep else _problem
-        found = readers.map(lambda row: check(output_dir, row), rows.values())
-        problems += [problem for problem in track(found, len(rows)) if problem]
+    problems = [*_manifest_problems(output_dir, run_record), *_strangers(output_dir, files, rows)]
+    check = _deep_problem if deep else _problem
+    found = manifest.read_all(lambda row: check(output_dir, row), list(rows.values()))
+    problems += [problem for problem in track(found, len(rows)) if problem]
     if run_record:
         status = read_status(output_dir)
         recorded = Counter(user_id for user_id, image_index in rows if image_index < status.wanted.get(user_id, 0))
@@ -121,17 +121,22 @@ def _manifest_problems(output_dir: Path, run_record: RunRecord | None) -> Iterat
             yield Problem("unmerged", part.name, "rows of an interrupted run")
 
 
-def _strangers(output_dir: Path, rows: dict[Item, Row]) -> Iterator[Problem]:
+def _strangers(output_dir: Path, files: Iterable[Path], rows: dict[Item, Row]) -> Iterator[Problem]:
     """Find what no row speaks of: in user folders, and at the top what loaders would take for a class or an image."""
-    for path in images.user_files(output_dir):
+    is_running = lock_holder(output_dir) is not None
+    for path in files:
         name = path.relative_to(output_dir).as_posix()
         item = images.parse_file_name(name)
         if item is None:
             yield Problem("foreign", name, "not an image of a job")
         elif item not in rows:
-            is_own = images.RUN_CHUNK in (images.read_text_chunks(path) or {})
-            kind, what = ("unrecorded", "no row in the manifest") if is_own else ("foreign", "not made by a job")
-            yield Problem(kind, name, what)
+            text = images.read_text_chunks(path)
+            if text is None:
+                yield Problem("changed", name, "no row in the manifest, and not a readable PNG")
+            elif images.RUN_CHUNK not in text:
+                yield Problem("foreign", name, "not made by a job")
+            elif not is_running:  # its row may be on the way
+                yield Problem("unrecorded", name, "no row in the manifest")
     for path in output_dir.iterdir():
         if path.is_dir() and not images.FOLDER_NAME.fullmatch(path.name):
             yield Problem("foreign", path.name, "loaders take every folder for a class")
@@ -181,18 +186,26 @@ def merge(output_dir: Path, track: Track = lambda rows, _: rows) -> list[Row]:
     return rows
 
 
-def flat_images(output_dir: Path, rows: Iterable[Row]) -> list[Item]:
-    """Find the images of one single colour. Only files no larger than such an image can be are opened."""
+def flat_images(output_dir: Path, rows: Iterable[Row]) -> tuple[list[Item], set[Item]]:
+    """Find the images of one single colour, and those among the small ones that cannot be read.
+
+    Only files no larger than an image of one colour can be are opened.
+    """
     limits: dict[tuple[int, int], float] = {}
     flat: list[Item] = []
+    broken: set[Item] = set()
     for row in rows:
         size = (row.width, row.height)
         if size not in limits:
             black = np.zeros((row.height, row.width, 4), np.uint8)
-            limits[size] = 1.5 * len(images.encode_png(black, dict.fromkeys(manifest.COLUMNS[:6], "0" * 64)))
-        if row.num_bytes <= limits[size] and images.is_flat(output_dir / row.file_name):
-            flat.append((row.user_id, row.image_index))
-    return flat
+            limits[size] = FLAT_TOLERANCE * len(images.encode_png(black, dict.fromkeys(manifest.COLUMNS[:6], "0" * 64)))
+        if row.num_bytes <= limits[size]:
+            try:
+                if images.is_flat(output_dir / row.file_name):
+                    flat.append((row.user_id, row.image_index))
+            except OSError:
+                broken.add((row.user_id, row.image_index))
+    return flat, broken
 
 
 def _record(output_dir: Path) -> RunRecord:

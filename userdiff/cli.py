@@ -61,8 +61,10 @@ def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py")
     """
     try:
         return _generate(argv, prog)
-    except KeyboardInterrupt:  # while torch was loading; later a signal is noted and the job ends in order
-        return _say_error(f"{prog}: stopped by SIGINT before anything was made", 128 + signal.SIGINT)
+    except KeyboardInterrupt:  # while torch was loading, or all was done; in between, the job ends in order
+        if os.environ.get("RANK", "0") == "0":  # torch, which could agree on who speaks, may be half loaded
+            print(f"{prog}: stopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _generate(argv: Sequence[str] | None, prog: str) -> int:

@@ -1,5 +1,6 @@
 """What the main process tells the user: the plan, one progress bar for the whole job, warnings, the outcome."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from userdiff.gallery import PREVIEW_NAME
 from userdiff.halting import Halted
 from userdiff.images import file_name
 from userdiff.loading import JobModel
-from userdiff.manifest import MANIFEST_NAME, Row
+from userdiff.manifest import MANIFEST_NAME, Finished, Row
 from userdiff.planning import Plan
 
 _LISTED = 20  # images named one by one; more would bury what else is said
@@ -26,16 +27,19 @@ T = TypeVar("T")
 
 
 def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stdout)  # unlike print, it does not tear the progress bar
-    sys.stdout.flush()
+    try:
+        tqdm.write(line, file=sys.stdout)  # unlike print, it does not tear the progress bar
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody listens any longer; the images are what matters
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _warn(line: str) -> None:
     tqdm.write(f"Warning: {line}", file=sys.stderr)
 
 
-def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int, there: Sequence[Row]) -> None:
-    """Say what is about to be made, from what, by whom, and what it takes; `there` are the images that need no making."""
+def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int, found: Finished) -> None:
+    """Say what is about to be made, from what, by whom, and what it takes; `found` is what is there already."""
     if config.is_bundled:
         _say("Model: the bundled checkpoint, ten users, user k writes the digit k-1 (no model path was given)")
     if model.conditioning == "random":
@@ -56,16 +60,23 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
     )
     if 0 < plan.num_items < plan.batch_size and config.batch_size is None:
         _say(f"Note: {plan.num_items} images in batches of {plan.batch_size}; --batch_size {plan.num_items} would do")
-    _say_what_lies_beyond(plan, there)
-    _say_disk(config.output_dir, model, plan, there)
+    _say_what_lies_beyond(plan, found)
+    _say_disk(config.output_dir, model, plan, found.rows)
 
 
-def _say_what_lies_beyond(plan: Plan, rows: Sequence[Row]) -> None:
+def _say_what_lies_beyond(plan: Plan, found: Finished) -> None:
     asked_for = set(plan.user_ids)
-    beyond = [r for r in rows if r.user_id not in asked_for or r.image_index >= plan.num_images_per_user]
+
+    def is_beyond(item: Item) -> bool:
+        return item[0] not in asked_for or item[1] >= plan.num_images_per_user
+
+    beyond = [row for row in found.rows if is_beyond((row.user_id, row.image_index))]
     if beyond:
         users = format_ids({row.user_id for row in beyond})
         _say(f"Beyond this request: {len(beyond)} images of users {users} are there too, and stay")
+    _list("Warning", [item for item in found.lost if is_beyond(item)], "beyond this request and missing or damaged")
+    again = [item for item in found.lost if not is_beyond(item)]
+    _list("Note", again, "missing or damaged and made again")
 
 
 def _say_disk(output_dir: Path, model: JobModel, plan: Plan, rows: Sequence[Row]) -> None:

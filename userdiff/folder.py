@@ -11,8 +11,8 @@ from userdiff import console, images, manifest, record
 from userdiff.config import JobConfig, UsageError, errors_of, format_ids
 from userdiff.coordination import Coordinator, restart_count
 from userdiff.gallery import PREVIEW_NAME
-from userdiff.halting import Failed, Halted, Stopped
-from userdiff.planning import Plan
+from userdiff.halting import Failed, Halted, Interrupt, Stopped
+from userdiff.planning import Plan, make_plan
 from userdiff.record import RunRecord
 
 LEAVE_SECONDS = 7.0  # for the others to write what they have computed, when a job ends early
@@ -20,7 +20,9 @@ _BRIEF = 12  # characters of a value in a message
 
 
 @contextmanager
-def open_folder(config: JobConfig, identity: dict[str, Any], user_ids: Collection[int]) -> Iterator[RunRecord | None]:
+def open_folder(
+    config: JobConfig, identity: dict[str, Any], user_ids: Collection[int], interrupt: Interrupt
+) -> Iterator[RunRecord | None]:
     """Make the folder if needed, hold its lock, and give the record it has, if any.
 
     Raises UsageError where it holds images of another identity or of nobody knows what. With --overwrite those of
@@ -30,8 +32,10 @@ def open_folder(config: JobConfig, identity: dict[str, Any], user_ids: Collectio
         with errors_of("--output_dir"):
             config.output_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(record.folder_lock(config.output_dir))
+            record.wait_for_writers(config.output_dir)
+        held.callback(_forget_writers, config.output_dir)
         if config.overwrite and restart_count() == 0:  # a restarted group goes on where the first one failed
-            _start_again(config, user_ids)
+            _start_again(config, user_ids, interrupt)
             yield None
             return
         with errors_of("--output_dir"):
@@ -43,8 +47,19 @@ def open_folder(config: JobConfig, identity: dict[str, Any], user_ids: Collectio
         yield old
 
 
+def _forget_writers(output_dir: Path) -> None:
+    with suppress(ValueError, OSError):  # one may be at it still: the next job will wait for it
+        record.wait_for_writers(output_dir, seconds=0)
+
+
 def _refuse_foreign(output_dir: Path, run: str | None = None) -> None:
     """Raise UsageError where user folders hold anything but this run's images (of any run, without `run`)."""
+    labels = output_dir / manifest.MANIFEST_NAME
+    if labels.is_file() and not manifest.is_manifest(labels):
+        raise UsageError(
+            f"--output_dir: {output_dir} has no {record.RECORD_NAME} but holds a {labels.name} that no job made; use "
+            "another folder, or move it away"
+        )
     for path in images.user_files(output_dir):
         name = path.relative_to(output_dir).as_posix()
         text = images.read_text_chunks(path) if images.parse_file_name(name) else None
@@ -76,33 +91,51 @@ def _brief(value: Any) -> str:
     return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."  # of a hash, enough to tell it from another
 
 
-def _start_again(config: JobConfig, user_ids: Collection[int]) -> None:
-    """Remove what a job wrote, by its records and by the images' own text chunks, and nothing else."""
+def refuse_strangers(output_dir: Path, plan: Plan, strangers: Collection[manifest.Item], flag: str) -> None:
+    """Raise UsageError where an image of the plan would take the place of one that no job is known to have made."""
+    asked_for = set(plan.user_ids)
+    for user_id, image_index in strangers:
+        if user_id in asked_for and image_index < plan.num_images_per_user:
+            path = output_dir / images.file_name(user_id, image_index)
+            raise UsageError(
+                f"{flag}: {path} was not made by this job or one before it, but an image of this one goes there; move it "
+                "away"
+            )
+
+
+def _start_again(config: JobConfig, user_ids: Collection[int], interrupt: Interrupt) -> None:
+    """Remove what a job wrote, by its records and by the images' own text chunks, and nothing else.
+
+    Where a user's folder is a link to another place, only what is recorded is known to have been put there.
+    """
     output_dir = config.output_dir
-    is_recorded = (output_dir / record.RECORD_NAME).exists()
-    if not is_recorded:
+    if not (output_dir / record.RECORD_NAME).exists():
         _refuse_foreign(output_dir)
     believed, claims = manifest.recorded_rows(output_dir)
-    own: list[Path] = []
-    for item in images.image_files(output_dir):
-        path = output_dir / images.file_name(*item)
-        text = images.read_text_chunks(path)
-        if item in believed or item in claims or text is None or images.RUN_CHUNK in text:
-            own.append(path)
-        elif item[0] in user_ids and item[1] < config.num_images_per_user:
-            raise UsageError(
-                f"--overwrite: {path} was not made by a job, but an image of this one goes there; move it away"
-            )
+    own: list[manifest.Item] = []
+    strangers: list[manifest.Item] = []
+    with interrupt.abandonable():  # nothing is removed yet
+        for item in images.image_files(output_dir):
+            path = output_dir / images.file_name(*item)
+            is_own = item in believed or item in claims or (not path.parent.is_symlink() and _explains_itself(path))
+            (own if is_own else strangers).append(item)
+        plan = make_plan(user_ids, config.num_images_per_user, 1)
+        refuse_strangers(output_dir, plan, strangers, "--overwrite")
     with errors_of("--output_dir"):
-        for path in own:
-            path.unlink()
+        for item in own:
+            (output_dir / images.file_name(*item)).unlink()
         images.remove_temporaries(output_dir)
-        for folder in {path.parent for path in own}:
-            if not any(folder.iterdir()):
+        for folder in {(output_dir / images.file_name(*item)).parent for item in own}:
+            if not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
         for path in [output_dir / manifest.MANIFEST_NAME, *manifest.part_paths(output_dir), output_dir / PREVIEW_NAME]:
             path.unlink(missing_ok=True)
         (output_dir / record.RECORD_NAME).unlink(missing_ok=True)  # last: until then the folder is known for a job's
+
+
+def _explains_itself(path: Path) -> bool:
+    """Whether an image says that a job made it, or is what a power cut leaves of one: nothing."""
+    return images.RUN_CHUNK in (images.read_text_chunks(path) or {}) or path.stat().st_size == 0
 
 
 def new_record(identity: dict[str, Any], numerics: dict[str, Any], old: RunRecord | None) -> RunRecord:
@@ -120,7 +153,40 @@ def history_entry(
 
     When it ends early, the other processes get a moment to write what they have computed; an OSError goes on as Failed.
     """
-    entry: dict[str, Any] = {
+    entry = _new_entry(numerics, plan, coordinator)
+
+    def publish(state: str) -> None:
+        entry["state"], entry["ended"] = state, None if state == "running" else _now()
+        images.publish(config.output_dir / record.RECORD_NAME, run_record.to_bytes(), sync=True)
+
+    def note_early_end(error: BaseException) -> None:
+        with suppress(Halted):  # the store may be gone
+            coordinator.halt(error)
+            coordinator.wait_until_left(LEAVE_SECONDS)
+        entry["published"] = entry["published"] or manifest.num_part_rows(config.output_dir)
+        if isinstance(error, Halted):
+            done = plan.num_items - plan.num_waiting + entry["published"]
+            error.progress = f"{done} of {plan.num_items} images are in {config.output_dir}"
+        entry["cause"] = None if isinstance(error, Stopped) else str(error) or type(error).__name__
+        with suppress(OSError):  # the disk may be what it ends of; `running` without a holder says enough
+            publish(f"stopped by signal {error.signal_number}" if isinstance(error, Stopped) else "failed")
+
+    run_record.history.append(entry)
+    try:
+        publish("running")
+        yield entry
+        publish("ended")
+    except OSError as error:
+        failed = disk_failure(error)
+        note_early_end(failed)
+        raise failed from error
+    except BaseException as error:
+        note_early_end(error)
+        raise
+
+
+def _new_entry(numerics: dict[str, Any], plan: Plan, coordinator: Coordinator) -> dict[str, Any]:
+    return {
         "started": _now(),
         "ended": None,
         "state": "running",
@@ -132,37 +198,6 @@ def history_entry(
         "published": 0,
         "failed": [],
     }
-
-    def publish() -> None:
-        images.publish(config.output_dir / record.RECORD_NAME, run_record.to_bytes())
-
-    def note_early_end(error: BaseException) -> None:
-        with suppress(Halted):  # the store may be gone
-            coordinator.halt(error)
-            coordinator.wait_until_left(LEAVE_SECONDS)
-        entry["state"] = f"stopped by signal {error.signal_number}" if isinstance(error, Stopped) else "failed"
-        entry["cause"] = None if isinstance(error, Stopped) else str(error) or type(error).__name__
-        entry["published"] = manifest.num_part_rows(config.output_dir)
-        entry["ended"] = _now()
-        if isinstance(error, Halted):
-            done = plan.num_items - plan.num_waiting + entry["published"]
-            error.progress = f"{done} of {plan.num_items} images are in {config.output_dir}"
-        with suppress(OSError):  # the disk may be what it ends of; `running` without a holder says enough
-            publish()
-
-    run_record.history.append(entry)
-    try:
-        publish()
-        yield entry
-        entry["state"], entry["ended"], entry["published"] = "ended", _now(), coordinator.published()[0]
-        publish()
-    except OSError as error:
-        failed = disk_failure(error)
-        note_early_end(failed)
-        raise failed from error
-    except BaseException as error:
-        note_early_end(error)
-        raise
 
 
 def disk_failure(error: OSError) -> Failed:

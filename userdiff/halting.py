@@ -86,6 +86,9 @@ class Interrupt:
         try:
             self.check()
             yield
+        except Exception:
+            self.check()  # whatever a library made of it
+            raise
         finally:
             self._may_raise = False
 

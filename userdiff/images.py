@@ -112,13 +112,15 @@ def read_text_chunks(path: Path) -> dict[str, str] | None:
 
 
 def is_flat(path: Path) -> bool:
-    """Whether an image has one single colour."""
-    with Image.open(path) as image:
+    """Whether an image has one single colour; raises OSError where it is not intact."""
+    with Image.open(path, formats=["PNG"]) as image:
         return all(low == high for low, high in np.atleast_2d(image.getextrema()))
 
 
-def publish(path: Path, data: bytes) -> None:
+def publish(path: Path, data: bytes, *, sync: bool = False) -> None:
     """Put `data` under `path` in one step: whoever opens `path` sees all of it, or what was there before.
+
+    With `sync` that is so after a power cut too.
 
     The temporary lies in the same folder, so that the rename stays within one file system, and has the permissions
     the user's umask gives.
@@ -127,6 +129,9 @@ def publish(path: Path, data: bytes) -> None:
     try:
         with errors_naming(path), open(temporary, "xb") as file:
             file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -1,15 +1,14 @@
 """The manifest: one CSV row per finished image; a part per process while running, merged into one sorted file."""
 
-import csv
 import hashlib
-import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from userdiff import images
 from userdiff.planning import item_seed
@@ -41,9 +40,13 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
+_VALUES = attrgetter(*COLUMNS)
 _INTEGERS = frozenset(field.name for field in fields(Row) if field.type is int)
+_SLICE = 1000
 _SHA256 = re.compile("[0-9a-f]{64}")
 
+T = TypeVar("T")
+R = TypeVar("R")
 Item = tuple[int, int]
 """(user_id, image_index)"""
 Track = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -134,7 +137,7 @@ class PartWriter:
     def append(self, row: Row) -> None:
         """Note a published image."""
         with self._lock, images.errors_naming(self._path):
-            self._file.write(_line(astuple(row)))
+            self._file.write(_line(_VALUES(row)))
             self._file.flush()
 
     def __enter__(self) -> "PartWriter":  # noqa: PYI034 - typing.Self is newer than Python 3.10
@@ -159,14 +162,14 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _parse(line: str) -> Row | None:
-    values = line.rstrip("\n").split(",")  # no field of ours holds a comma or a quote
-    if len(values) != len(COLUMNS):
+    values = line.rstrip("\n").split(",")
+    if len(values) != len(COLUMNS) or '"' in line:
         return None
     try:
         row = Row(*(int(v) if c in _INTEGERS else v for c, v in zip(COLUMNS, values, strict=True)))  # type: ignore[arg-type]
     except ValueError:
         return None
-    well_formed = row.conditioning in CONDITIONINGS and _SHA256.fullmatch(row.sha256) and _line(astuple(row)) == line
+    well_formed = row.conditioning in CONDITIONINGS and _SHA256.fullmatch(row.sha256) and _line(_VALUES(row)) == line
     return row if well_formed and row.user_id >= 1 and row.image_index >= 0 else None
 
 
@@ -191,23 +194,35 @@ def recorded_rows(
     return believed, claims
 
 
-def finished_rows(
+class Finished(NamedTuple):
+    """What is there of a dataset, sorted by (user_id, image_index)."""
+
+    rows: list[Row]
+    """One for every finished image."""
+    lost: list[Item]
+    """Images that were recorded, and are missing, damaged or changed."""
+    strangers: list[Item]
+    """Intact images under the name of one, that nobody recorded and that are not this run's."""
+
+
+def find_finished(
     output_dir: Path,
     recipe: Recipe,
     manifest_sha256: str | None = None,
     *,
     believe_parts: bool = False,
     track: Track = lambda rows, _: rows,
-) -> list[Row]:
-    """Collect one row for every finished image in the folder, sorted by (user_id, image_index).
+) -> Finished:
+    """Look through the folder for finished images.
 
     Finished: a row that is believed (`recorded_rows` tells which) and agrees with the recipe, and a file of the row's
     size. Any other file is read: it is finished if it has the size and hash that a row claims, or if it decodes whole
     and its text chunks are those the recipe gives it. `track` is shown the files that are read.
     """
     believed, claims = recorded_rows(output_dir, manifest_sha256, believe_parts=believe_parts)
-    rows: dict[Item, Row | None] = {}
+    rows: dict[Item, Row] = {}
     unproven: list[Item] = []
+    strangers: list[Item] = []
     for item in images.image_files(output_dir):
         row = believed.get(item)
         if row and recipe.agrees(row) and row.num_bytes == (output_dir / row.file_name).stat().st_size:
@@ -215,35 +230,57 @@ def finished_rows(
         else:
             unproven.append(item)
 
-    def prove(item: Item) -> Row | None:
-        return _proven(output_dir, recipe, item, claims.get(item, ()))
+    def prove(item: Item) -> tuple[Row | None, bool]:
+        return _prove(output_dir, recipe, item, claims.get(item, ()))
 
+    for item, (row, is_strange) in zip(unproven, track(read_all(prove, unproven), len(unproven)), strict=True):
+        if row:
+            rows[item] = row
+        elif is_strange and item not in believed and item not in claims:
+            strangers.append(item)
+    lost = {row_item for row_item in (*believed, *claims) if row_item not in rows}
+    return Finished([rows[item] for item in sorted(rows)], sorted(lost), sorted(strangers))
+
+
+def finished_rows(output_dir: Path, recipe: Recipe, manifest_sha256: str | None = None, **options: Any) -> list[Row]:
+    """Collect the rows that `find_finished` finds."""
+    return find_finished(output_dir, recipe, manifest_sha256, **options).rows
+
+
+def read_all(read: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """Read many files at once; a slice at a time, so that whoever stops listening waits for no more than that."""
     with ThreadPoolExecutor(READER_THREADS) as readers:
-        rows.update(zip(unproven, track(readers.map(prove, unproven), len(unproven)), strict=True))
-    return [row for item in sorted(rows) if (row := rows[item])]
+        for start in range(0, len(items), _SLICE):
+            yield from readers.map(read, items[start : start + _SLICE])
 
 
-def _proven(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) -> Row | None:
-    """Read a file and give its row, if it is what a row claims or what the recipe makes."""
+def _prove(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) -> tuple[Row | None, bool]:
+    """Read a file and give its row, if it is what a row claims or what the recipe makes; and else whether it is intact."""
     path = output_dir / images.file_name(*item)
     try:
         data = path.read_bytes()
         for claim in claims:
             if recipe.agrees(claim) and claim == recipe.row(*item, size=images.png_size(data), png=data):
-                return claim
+                return claim, False
         size, text = images.decode_png(data)
     except OSError:
-        return None  # unreadable, truncated or not a PNG: it is made again
-    return recipe.row(*item, size=size, png=data) if text == recipe.text_chunks(*item) else None
+        return None, False  # unreadable, truncated or not a PNG: it is made again
+    if text == recipe.text_chunks(*item):
+        return recipe.row(*item, size=size, png=data), False
+    return None, text.get(images.RUN_CHUNK) != recipe.run
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file begins as a manifest does."""
+    with open(path, "rb") as file:
+        return file.readline() in (b"", _line(COLUMNS).encode())
 
 
 def write_manifest(output_dir: Path, rows: Iterable[Row]) -> str:
     """Publish `manifest.csv` with these rows, then remove the parts that went into it; gives the file's SHA-256."""
     parts = part_paths(output_dir)
-    buffer = io.StringIO()
-    buffer.writelines([_line(COLUMNS), *(_line(astuple(row)) for row in rows)])
-    data = buffer.getvalue().encode()
-    images.publish(output_dir / MANIFEST_NAME, data)
+    data = "".join([_line(COLUMNS), *(_line(_VALUES(row)) for row in rows)]).encode()
+    images.publish(output_dir / MANIFEST_NAME, data, sync=True)
     for path in parts:
         path.unlink(missing_ok=True)
     return sha256(data)
@@ -260,6 +297,4 @@ def file_sha256(path: Path) -> str | None:
 
 
 def _line(values: Iterable[object]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(values)
-    return buffer.getvalue()
+    return ",".join(map(str, values)) + "\n"  # no field of ours holds a comma or a quote

@@ -1,19 +1,23 @@
 """`run.json`: what decided the pixels, what they were computed with, how each run went; and the folder's lock."""
 
+import fcntl
 import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 
 RECORD_NAME = "run.json"
 LOCK_NAME = ".userdiff.lock"
+WRITERS_NAME = ".userdiff.writers"
+WRITERS_SECONDS = 15.0  # for those of a job that was just killed to go
 LOCK_SECONDS = 1.0  # whoever just looks whether a folder is held has it for an instant
 
 
@@ -53,7 +57,10 @@ class RunRecord:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged; restore it, or start again with --overwrite") from error
+            raise ValueError(
+                f"{path} is damaged; restore it, or remove it (the images say themselves what they are), or start again "
+                "with --overwrite"
+            ) from error
         if content.get("run") != record.run:
             raise ValueError(
                 f"{path} was edited, its identity no longer has the hash that the images carry; restore it, or start "
@@ -105,17 +112,50 @@ def folder_lock(output_dir: Path) -> Iterator[None]:
 
 
 def lock_holder(output_dir: Path) -> str | None:
-    """Who holds a folder now; None where nobody does, whatever a killed job left lying there."""
+    """Who holds a folder now; None where nobody does, whatever a killed job left lying there. Needs to read, no more."""
     path = output_dir / LOCK_NAME
-    if not path.exists():
-        return None
     try:
-        with FileLock(path, timeout=0, fallback_to_soft=False):
-            return None
-    except Timeout:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return _holder(path)
-    except OSError:  # not ours to try, so no job of ours
+    except OSError:
         return None
+    return None
+
+
+@contextmanager
+def writing(output_dir: Path) -> Iterator[None]:
+    """Be known, to `wait_for_writers` on any machine, as a process that may write images."""
+    with open(output_dir / WRITERS_NAME, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def wait_for_writers(output_dir: Path, seconds: float | None = None) -> None:
+    """Wait until no process of an earlier job may write any more; raises ValueError if one still may.
+
+    A process that was suspended, or cut off with its machine, outlives its job and the lock that its main process had.
+    """
+    path = output_dir / WRITERS_NAME
+    deadline = time.monotonic() + (WRITERS_SECONDS if seconds is None else seconds)
+    with open(path, "a") as file:
+        while not _is_free(file):
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"a process of an earlier job still has {output_dir} open for writing, maybe on another machine; end "
+                    "it first, or use another folder"
+                )
+            time.sleep(0.1)
+        path.unlink()  # nobody has it; whoever writes next makes a new one
+
+
+def _is_free(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _holder(path: Path) -> str:

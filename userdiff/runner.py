@@ -14,8 +14,8 @@ from accelerate import PartialState
 from accelerate.utils import parse_choice_from_env, parse_flag_from_env
 from numpy.typing import NDArray
 
-from userdiff import audit, console, coordination, folder, gallery, halting, images, manifest, sampling
-from userdiff.config import DEFAULT_BATCH_SIZE, JobConfig, UsageError
+from userdiff import audit, console, coordination, folder, gallery, halting, images, manifest, record, sampling
+from userdiff.config import DEFAULT_BATCH_SIZE, JobConfig, UsageError, errors_of
 from userdiff.coordination import Coordinator
 from userdiff.halting import Interrupt
 from userdiff.loading import JobModel, load_model
@@ -41,11 +41,12 @@ def run(config: JobConfig) -> int:
         with Interrupt().listen() as interrupt, coordination.connect(interrupt) as coordinator:
             set_kernels(config.allow_tf32)
             precision = config.mixed_precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
-            with interrupt.abandonable():
-                model = load_model(config, device, precision)
-            return run_process(config, model, coordinator)
-    except OSError as error:
-        raise folder.disk_failure(error) from error
+            try:
+                with interrupt.abandonable():
+                    model = load_model(config, device, precision)
+                return run_process(config, model, coordinator)
+            except OSError as error:
+                raise folder.disk_failure(error) from error
     finally:
         PartialState().destroy_process_group()
 
@@ -79,8 +80,8 @@ def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
     run_hash, plan = coordinator.receive_plan()
     if run_hash != model.run:
         raise UsageError(
-            f"--vae_path, --unet_path, --condition_encoder_path: process {coordinator.process_index} loaded other "
-            "models than the main process; every machine needs the same files"
+            f"process {coordinator.process_index} has other models or other flags than the main process; every machine "
+            "needs the same files and the same command"
         )
     make_images(config, model, Plan.from_bytes(plan), coordinator, on_step=coordinator.check)
     coordinator.finish()
@@ -90,37 +91,50 @@ def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
 def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
     recipe = manifest.Recipe.of(model.identity, model.run)
     wanted = config.user_ids or tuple(model.user_index)
-    with folder.open_folder(config, model.identity, wanted) as old_record:
+    with folder.open_folder(config, model.identity, wanted, coordinator.interrupt) as old_record:
         with coordinator.interrupt.abandonable():
             sha256 = old_record.manifest_sha256 if old_record else None
-            rows = manifest.finished_rows(config.output_dir, recipe, sha256, track=console.show_reading)
+            found = manifest.find_finished(config.output_dir, recipe, sha256, track=console.show_reading)
         numerics = _numerics(config, model, old_record)
-        done = [(row.user_id, row.image_index) for row in rows]
+        done = [(row.user_id, row.image_index) for row in found.rows]
         plan = make_plan(wanted, config.num_images_per_user, numerics["batch_size"], done)
+        folder.refuse_strangers(config.output_dir, plan, found.strangers, "--output_dir")
         run_record = folder.new_record(model.identity, numerics, old_record)
-        console.announce(config, model, plan, coordinator.num_processes, rows)
+        console.announce(config, model, plan, coordinator.num_processes, found)
         images.remove_temporaries(config.output_dir)
+        with errors_of("--output_dir"):
+            for user_id in plan.user_ids:
+                (config.output_dir / images.file_name(user_id, 0)).parent.mkdir(exist_ok=True)
         # takes the place of an interrupted run's parts
-        run_record.manifest_sha256 = manifest.write_manifest(config.output_dir, rows)
-        for user_id in plan.user_ids:
-            (config.output_dir / images.file_name(user_id, 0)).parent.mkdir(exist_ok=True)
+        run_record.manifest_sha256 = manifest.write_manifest(config.output_dir, found.rows)
+        del found, done
         with folder.history_entry(config, run_record, numerics, plan, coordinator) as entry:
             coordinator.publish_plan(model.run, plan.to_bytes())
             with console.show_progress(config.output_dir, plan, coordinator) as refresh:
                 make_images(config, model, plan, coordinator, on_step=refresh)
                 coordinator.finish()
                 coordinator.wait_for_all(refresh)
-            with coordinator.interrupt.abandonable():
-                sha256 = run_record.manifest_sha256
-                rows = manifest.finished_rows(config.output_dir, recipe, sha256, believe_parts=True)
-                run_record.manifest_sha256 = manifest.write_manifest(config.output_dir, rows)
-                page = gallery.preview_page(config.output_dir.resolve().name, rows)
-                images.publish(config.output_dir / gallery.PREVIEW_NAME, page.encode())
+            entry["published"] = coordinator.published()[0]
+            rows, flat = _finished(config, recipe, run_record, coordinator)
+            run_record.manifest_sha256 = manifest.write_manifest(config.output_dir, rows)
+            page = gallery.preview_page(config.output_dir.resolve().name, rows)
+            images.publish(config.output_dir / gallery.PREVIEW_NAME, page.encode())
             made = {(row.user_id, row.image_index) for row in rows}
             entry["failed"] = [item for item in map(plan.item, range(plan.num_items)) if item not in made]
-    flat = audit.flat_images(config.output_dir, rows)
-    console.conclude(config, model, plan, entry, not_finite=coordinator.failed(), flat=flat)
+        not_finite = coordinator.failed()
+    console.conclude(config, model, plan, entry, not_finite=set(not_finite), flat=flat)
     return 1 if entry["failed"] else 0
+
+
+def _finished(
+    config: JobConfig, recipe: manifest.Recipe, run_record: RunRecord, coordinator: Coordinator
+) -> tuple[list[manifest.Row], list[Item]]:
+    """Collect the rows of what is there at the end of a run, and the images of one single colour among them."""
+    with coordinator.interrupt.abandonable():
+        sha256 = run_record.manifest_sha256
+        rows = manifest.finished_rows(config.output_dir, recipe, sha256, believe_parts=True)
+        flat, broken = audit.flat_images(config.output_dir, rows)
+    return [row for row in rows if (row.user_id, row.image_index) not in broken], flat
 
 
 def _numerics(config: JobConfig, model: JobModel, old_record: RunRecord | None) -> dict[str, Any]:
@@ -154,7 +168,8 @@ def make_images(
     """
     recipe = manifest.Recipe.of(model.identity, model.run)
     part = manifest.PartWriter(manifest.part_path(config.output_dir, coordinator.process_index))
-    with part, images.WriterPool(WRITER_THREADS, PENDING_BATCHES * plan.batch_size) as writers:
+    pool = images.WriterPool(WRITER_THREADS, PENDING_BATCHES * plan.batch_size)
+    with record.writing(config.output_dir), part, pool as writers:
 
         def save(item: Item, pixels: NDArray[np.uint8]) -> None:
             png = images.encode_png(pixels, recipe.text_chunks(*item))
