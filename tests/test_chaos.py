@@ -11,7 +11,7 @@ from tests.damage import DAMAGES, Dataset, Failure
 from tests.jobs import run_job
 from tests.processes import our_tracebacks
 
-SEED = 79  # two plain processes; two launches, one told to end and one whose launcher is killed; two damages
+SEED = 297  # a launch whose launcher is killed, two plain processes told to end, one close to its end; two damages
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def reference(flags, tmp_path_factory):
 @pytest.mark.parametrize("kind", DAMAGES, ids=lambda kind: kind.__name__)
 def test_damage_is_seen_and_the_next_run_makes_up_for_it(kind, flags, reference, tmp_path):
     dataset = Dataset(tmp_path / "out", flags, reference)
-    for choice in range(5):
+    for choice in range(3):
         shutil.copytree(reference, dataset.folder)
         dataset.check_done()
         shutil.copy(reference / "manifest.csv", dataset.folder / "manifest.part-00000.csv")  # as a killed job leaves it
@@ -59,4 +59,4 @@ torch.distributed.elastic.multiprocessing.api.SignalException: Process 7 got sig
 
 
 def test_jobs_that_are_killed_and_damaged_leave_the_bytes_of_one_that_was_not(capsys):
-    assert chaos.main(["--kills", "4", "--seed", str(SEED)]) == 0, capsys.readouterr()
+    assert chaos.main(["--kills", "3", "--seed", str(SEED)]) == 0, capsys.readouterr()

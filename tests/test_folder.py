@@ -359,7 +359,7 @@ def test_the_first_images_tell_what_the_rest_will_take(flags, tmp_path, capsys, 
         return encode(pixels, text)
 
     monkeypatch.setattr(images, "encode_png", encode_and_fill)
-    assert run_job(*flags, "--num_images_per_user", 500, "--user_ids", 1, 2, "--output_dir", tmp_path) == 0
+    assert run_job(*flags, "--num_images_per_user", 200, "--user_ids", 1, 2, "--output_dir", tmp_path) == 0
     assert capsys.readouterr().err.count("images take about") == 1
 
 

@@ -32,7 +32,7 @@ def reference(flags, tmp_path_factory):
     return tree(output_dir)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.mark.parametrize("num_processes", [2, 3])
 def test_real_launches_make_the_same_bytes(num_processes, flags, reference, tmp_path):
     status, stdout, stderr = finish(launch(num_processes, *flags, "--output_dir", tmp_path))
     assert status == 0, stderr
@@ -44,20 +44,6 @@ def test_real_launches_make_the_same_bytes(num_processes, flags, reference, tmp_
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["history"][0]["num_processes"] == num_processes
     assert record["numerics"]["threads_per_process"] == 1
-
-
-def test_three_threads_on_both_sides_make_the_same_bytes(flags, tmp_path):
-    threads = set()
-    for num_processes in (1, 2):
-        job = [*flags, "--num_images_per_user", 2, "--output_dir", tmp_path / str(num_processes)]
-        job = launch(num_processes, *job, threads=3)
-        status, _, stderr = finish(job)
-        assert status == 0, stderr
-        record = json.loads((tmp_path / str(num_processes) / "run.json").read_text())
-        threads.add(record["numerics"]["threads_per_process"])
-    assert len(threads) == 1  # 3, or as many as there are cores: MKL takes no more
-    assert threads != {1}
-    assert tree(tmp_path / "1") == tree(tmp_path / "2")
 
 
 def test_two_machines_on_loopback_make_the_same_bytes(flags, reference, tmp_path):
@@ -95,7 +81,7 @@ def test_bad_input_is_said_once_under_a_launcher(extra, expected, flags, tmp_pat
 
 
 def test_a_terminated_launch_goes_on_where_it_stopped(flags, tmp_path):
-    job = [*flags, "--num_images_per_user", 60, "--output_dir", tmp_path / "out"]
+    job = [*flags, "--num_images_per_user", 30, "--output_dir", tmp_path / "out"]
     first = launch(2, *job)
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("out/user_*/*.png"))) < 8:
@@ -106,14 +92,14 @@ def test_a_terminated_launch_goes_on_where_it_stopped(flags, tmp_path):
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["history"][0]["state"] == f"stopped by signal {signal.SIGTERM.value}"
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/user_*/*.png")}
-    assert 8 <= len(made) < 300
-    last_word = f"batch_generate.py: stopped by SIGTERM; {len(made)} of 300 images are in {tmp_path / 'out'}, the same "
+    assert 8 <= len(made) < 150
+    last_word = f"batch_generate.py: stopped by SIGTERM; {len(made)} of 150 images are in {tmp_path / 'out'}, the same "
     assert stderr.count(f"{last_word}command goes on from there\n") == 1
     assert record["history"][0]["published"] == len(made)
 
     status, stdout, stderr = finish(launch(3, *job))
     assert status == 0, stderr
-    assert f"{len(made)} already there, {300 - len(made)} to make" in stdout
+    assert f"{len(made)} already there, {150 - len(made)} to make" in stdout
     assert {path: path.stat().st_mtime_ns for path in made} == made
     plain = [sys.executable, "batch_generate.py", *map(str, job[:-1]), str(tmp_path / "plain")]
     assert finish(start(plain, OMP_NUM_THREADS="1"))[0] == 0
