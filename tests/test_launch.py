@@ -32,7 +32,7 @@ def reference(flags, tmp_path_factory):
     return tree(output_dir)
 
 
-@pytest.mark.parametrize("num_processes", [2, 3])
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_real_launches_make_the_same_bytes(num_processes, flags, reference, tmp_path):
     status, stdout, stderr = finish(launch(num_processes, *flags, "--output_dir", tmp_path))
     assert status == 0, stderr
@@ -44,6 +44,19 @@ def test_real_launches_make_the_same_bytes(num_processes, flags, reference, tmp_
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["history"][0]["num_processes"] == num_processes
     assert record["numerics"]["threads_per_process"] == 1
+
+
+def test_three_threads_on_both_sides_make_the_same_bytes(flags, tmp_path):
+    threads = set()
+    for num_processes in (1, 2):
+        job = [*flags, "--num_images_per_user", 2, "--output_dir", tmp_path / str(num_processes)]
+        status, _, stderr = finish(launch(num_processes, *job, threads=3))
+        assert status == 0, stderr
+        record = json.loads((tmp_path / str(num_processes) / "run.json").read_text())
+        threads.add(record["numerics"]["threads_per_process"])
+    assert len(threads) == 1  # 3, or as many as there are cores: MKL takes no more
+    assert threads != {1}
+    assert tree(tmp_path / "1") == tree(tmp_path / "2")
 
 
 def test_two_machines_on_loopback_make_the_same_bytes(flags, reference, tmp_path):

@@ -41,16 +41,14 @@ class Status:
 def read_status(output_dir: Path) -> Status:
     """Read how far a dataset is, from its records and the sizes of its files; raises ValueError where there is none."""
     run_record = _record(output_dir)
-    entry: dict[str, Any] = run_record.history[-1] if run_record.history else {}
-    user_ids = [i for text in entry.get("user_ids", "").split() for i in id_range(text)]
-    limit = entry.get("num_images_per_user", 0)
-    wanted = dict.fromkeys(user_ids, limit)
+    entry = _last_run(run_record)
+    wanted = _wanted(run_record)
     items = {
         (row.user_id, row.image_index)
         for row in _rows(output_dir, Recipe.of(run_record.identity, run_record.run))
         if _size(output_dir / row.file_name) == row.num_bytes
     }
-    done = Counter(user_id for user_id, image_index in items if user_id in wanted and image_index < limit)
+    done = Counter(user_id for user_id, image_index in items if image_index < wanted.get(user_id, 0))
     failed = Counter(user_id for user_id, image_index in entry.get("failed", []) if (user_id, image_index) not in items)
     is_complete = sum(done.values()) == sum(wanted.values())
     state, detail = _state(entry, lock_holder(output_dir), is_complete=is_complete)
@@ -83,7 +81,7 @@ class Problem:
     what: str
 
 
-def verify(output_dir: Path, *, deep: bool = False, track: Track = lambda rows, _: rows) -> list[Problem]:
+def verify(output_dir: Path, *, deep: bool = False, track: Track = manifest.untracked) -> list[Problem]:
     """Compare the rows of a dataset with its files by size; `deep`: by hash, decoding every image.
 
     Raises ValueError where there is no dataset. A folder without `run.json` is compared with its manifest alone.
@@ -99,11 +97,11 @@ def verify(output_dir: Path, *, deep: bool = False, track: Track = lambda rows, 
     found = manifest.read_all(lambda row: check(output_dir, row), list(rows.values()))
     problems += [problem for problem in track(found, len(rows)) if problem]
     if run_record:
-        status = read_status(output_dir)
-        recorded = Counter(user_id for user_id, image_index in rows if image_index < status.wanted.get(user_id, 0))
+        wanted = _wanted(run_record)
+        recorded = Counter(user_id for user_id, image_index in rows if image_index < wanted.get(user_id, 0))
         problems += [
             Problem("missing", f"user_{user_id:02d}", f"{number - recorded[user_id]} of {number} images have no row")
-            for user_id, number in status.wanted.items()
+            for user_id, number in wanted.items()
             if recorded[user_id] < number
         ]
     return sorted(problems)
@@ -174,7 +172,7 @@ def _deep_problem(output_dir: Path, row: Row) -> Problem | None:
 # Merging, and what is seldom meant -----------------------------------------------------------------------------------
 
 
-def merge(output_dir: Path, track: Track = lambda rows, _: rows) -> list[Row]:
+def merge(output_dir: Path, track: Track = manifest.untracked) -> list[Row]:
     """Put an interrupted run's parts into the manifest, as the next run would; raises ValueError without a dataset."""
     _record(output_dir)
     with folder_lock(output_dir):
@@ -182,7 +180,7 @@ def merge(output_dir: Path, track: Track = lambda rows, _: rows) -> list[Row]:
         recipe = Recipe.of(run_record.identity, run_record.run)
         rows = manifest.finished_rows(output_dir, recipe, run_record.manifest_sha256, track=track)
         run_record.manifest_sha256 = manifest.write_manifest(output_dir, rows)
-        images.publish(output_dir / RECORD_NAME, run_record.to_bytes())
+        images.publish(output_dir / RECORD_NAME, run_record.to_bytes(), sync=True)
     return rows
 
 
@@ -213,6 +211,17 @@ def _record(output_dir: Path) -> RunRecord:
     if run_record is None:
         raise ValueError(f"{output_dir} holds no dataset: no {RECORD_NAME}")
     return run_record
+
+
+def _last_run(run_record: RunRecord) -> dict[str, Any]:
+    return run_record.history[-1] if run_record.history else {}
+
+
+def _wanted(run_record: RunRecord) -> dict[int, int]:
+    """User id -> images that the last run was asked for."""
+    entry = _last_run(run_record)
+    user_ids = (user_id for text in entry.get("user_ids", "").split() for user_id in id_range(text))
+    return dict.fromkeys(user_ids, entry.get("num_images_per_user", 0))
 
 
 def _rows(output_dir: Path, recipe: Recipe | None) -> Sequence[Row]:

@@ -109,14 +109,9 @@ def status(output_dir: Path) -> int:
 
 def verify(output_dir: Path, deep: bool = False) -> int:
     """Compare a dataset's rows with its files: what is missing, changed, unrecorded, unmerged or foreign."""
-    from tqdm import tqdm
-
     from userdiff import audit
 
-    def track(items: Iterable[Any], total: int) -> Iterable[Any]:
-        return tqdm(items, desc="Checking images", total=total, unit=" images", leave=False)
-
-    problems = audit.verify(output_dir, deep=deep, track=track)
+    problems = audit.verify(output_dir, deep=deep, track=_show_reading)
     for problem in problems:
         print(f"{problem.kind:<10}  {problem.name}: {problem.what}")
     what = "every image read" if deep else "sizes compared, contents not read"
@@ -126,10 +121,10 @@ def verify(output_dir: Path, deep: bool = False) -> int:
 
 def merge(output_dir: Path) -> int:
     """Put an interrupted run's part files into manifest.csv, as the next run would, without making the rest."""
-    from userdiff import audit
+    from userdiff import audit, manifest
 
-    rows = audit.merge(output_dir)
-    print(f"{output_dir / 'manifest.csv'}: {len(rows)} images")
+    rows = audit.merge(output_dir, track=_show_reading)
+    print(f"{output_dir / manifest.MANIFEST_NAME}: {len(rows)} images")
     return 0
 
 
@@ -147,6 +142,12 @@ def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, sc
         gallery.contact_sheet(output_dir, rows, columns, scale).save(picture)
         print(picture)
     return 0
+
+
+def _show_reading(items: Iterable[Any], total: int) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(items, desc="Checking images", total=total, unit=" images", disable=total == 0, leave=False)
 
 
 def _say_error(line: str, status: int, *, is_alone: bool = False) -> int:

@@ -17,12 +17,11 @@ from userdiff.gallery import PREVIEW_NAME
 from userdiff.halting import Halted
 from userdiff.images import file_name
 from userdiff.loading import JobModel
-from userdiff.manifest import MANIFEST_NAME, Finished, Row
+from userdiff.manifest import MANIFEST_NAME, Finished, Item, Row
 from userdiff.planning import Plan
 
 _LISTED = 20  # images named one by one; more would bury what else is said
 
-Item = tuple[int, int]  # (user_id, image_index)
 T = TypeVar("T")
 
 
@@ -169,8 +168,7 @@ def conclude(
     gone = [item for item in failed if item not in not_finite]
     _list("Failed", bad, "not finite; the same command tries again")
     _list("Failed", gone, "gone or changed since written; the same command makes up for it")
-    if flat:
-        _list("Warning", flat, "one single colour, which a model seldom means")
+    _list("Warning", flat, "one single colour, which a model seldom means")
     if model.conditioning == "random":
         _warn_of_random_conditioning(config)
     _say(f"Labels: {config.output_dir / MANIFEST_NAME}")

@@ -178,7 +178,7 @@ class Coordinator:
         self._ask(lambda store: store.compare_set("halt", "", json.dumps(reason)))
 
     def wait_until_left(self, seconds: float) -> None:
-        """Wait until the other processes have left or died, but not longer than this."""
+        """Wait until the other processes have left or died, but not longer than this, if the store answers."""
         others = {index for index in range(self.num_processes) if index != self.process_index}
         deadline = time.monotonic() + seconds
         with suppress(Halted):

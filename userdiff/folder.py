@@ -12,7 +12,7 @@ from userdiff.config import JobConfig, UsageError, errors_of, format_ids
 from userdiff.coordination import Coordinator, restart_count
 from userdiff.gallery import PREVIEW_NAME
 from userdiff.halting import Failed, Halted, Interrupt, Stopped
-from userdiff.planning import Plan, make_plan
+from userdiff.planning import Plan
 from userdiff.record import RunRecord
 
 LEAVE_SECONDS = 7.0  # for the others to write what they have computed, when a job ends early
@@ -91,12 +91,14 @@ def _brief(value: Any) -> str:
     return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."  # of a hash, enough to tell it from another
 
 
-def refuse_strangers(output_dir: Path, plan: Plan, strangers: Collection[manifest.Item], flag: str) -> None:
-    """Raise UsageError where an image of the plan would take the place of one that no job is known to have made."""
-    asked_for = set(plan.user_ids)
+def refuse_strangers(
+    config: JobConfig, user_ids: Collection[int], strangers: Collection[manifest.Item], flag: str
+) -> None:
+    """Raise UsageError where an image of the job would take the place of one that no job is known to have made."""
+    asked_for = set(user_ids)
     for user_id, image_index in strangers:
-        if user_id in asked_for and image_index < plan.num_images_per_user:
-            path = output_dir / images.file_name(user_id, image_index)
+        if user_id in asked_for and image_index < config.num_images_per_user:
+            path = config.output_dir / images.file_name(user_id, image_index)
             raise UsageError(
                 f"{flag}: {path} was not made by this job or one before it, but an image of this one goes there; move it "
                 "away"
@@ -119,8 +121,7 @@ def _start_again(config: JobConfig, user_ids: Collection[int], interrupt: Interr
             path = output_dir / images.file_name(*item)
             is_own = item in believed or item in claims or (not path.parent.is_symlink() and _explains_itself(path))
             (own if is_own else strangers).append(item)
-        plan = make_plan(user_ids, config.num_images_per_user, 1)
-        refuse_strangers(output_dir, plan, strangers, "--overwrite")
+        refuse_strangers(config, user_ids, strangers, "--overwrite")
     with errors_of("--output_dir"):
         for item in own:
             (output_dir / images.file_name(*item)).unlink()

@@ -53,6 +53,11 @@ Track = Callable[[Iterable[Any], int], Iterable[Any]]
 """Passes on what it is given, showing how many of so many have come."""
 
 
+def untracked(items: Iterable[T], total: int) -> Iterable[T]:
+    """Pass on what is given, showing nothing."""
+    return items
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """What all images of a dataset have in common, and its rows and text chunks say."""
@@ -211,7 +216,7 @@ def find_finished(
     manifest_sha256: str | None = None,
     *,
     believe_parts: bool = False,
-    track: Track = lambda rows, _: rows,
+    track: Track = untracked,
 ) -> Finished:
     """Look through the folder for finished images.
 

@@ -19,14 +19,13 @@ from userdiff.config import DEFAULT_BATCH_SIZE, JobConfig, UsageError, errors_of
 from userdiff.coordination import Coordinator
 from userdiff.halting import Interrupt
 from userdiff.loading import JobModel, load_model
+from userdiff.manifest import Item
 from userdiff.planning import PADDING, Plan, item_seed, make_plan
 from userdiff.record import RunRecord
 
 WRITER_THREADS = 4
 PENDING_BATCHES = 2  # waiting to be encoded and written while the next computes; more would only hold memory
 JOIN_TIMEOUT = timedelta(minutes=10)  # for the machines of a launch to start
-
-Item = tuple[int, int]  # (user_id, image_index)
 
 
 def run(config: JobConfig) -> int:
@@ -98,7 +97,7 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
         numerics = _numerics(config, model, old_record)
         done = [(row.user_id, row.image_index) for row in found.rows]
         plan = make_plan(wanted, config.num_images_per_user, numerics["batch_size"], done)
-        folder.refuse_strangers(config.output_dir, plan, found.strangers, "--output_dir")
+        folder.refuse_strangers(config, wanted, found.strangers, "--output_dir")
         run_record = folder.new_record(model.identity, numerics, old_record)
         console.announce(config, model, plan, coordinator.num_processes, found)
         images.remove_temporaries(config.output_dir)
