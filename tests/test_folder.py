@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from PIL import Image
@@ -177,6 +179,38 @@ def test_a_worker_that_outlived_its_job_keeps_the_next_one_out(job, out, referen
     assert tree(out) == tree(reference)
     assert run_job(*job) == 0
     assert not list(out.glob(".userdiff*"))
+
+
+def test_a_row_that_no_run_of_this_recipe_wrote_names_no_lost_image(job, out, reference, capsys):
+    labels = out / "manifest.csv"
+    row = labels.read_text().splitlines()[-1].replace("user_05/generated_002", "user_95/generated_002")
+    labels.write_text(labels.read_text() + re.sub(",5,2,", ",95,2,", row) + "\n")  # its seed is user 5's
+    assert run_job(*job) == 0
+    assert "missing or damaged" not in capsys.readouterr().out
+    assert tree(out) == tree(reference)
+
+
+@pytest.mark.parametrize("what", ["a writer", "the images of a folder without a record"])
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
+def test_a_signal_ends_the_wait_before_a_job(job, out, reference, capsys, monkeypatch, what, overwrite):
+    def slow(_):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(5)
+        return {}
+
+    with ExitStack() as held:
+        if what == "a writer":
+            monkeypatch.setattr(record, "WRITERS_SECONDS", 5.0)
+            held.enter_context(record.writing(out))
+            monkeypatch.setattr(record, "_is_free", lambda _: slow(_) is None)
+        else:
+            (out / "run.json").rename(out.parent / "kept.json")
+            monkeypatch.setattr(images, "read_text_chunks", slow)
+        assert run_job(*job, *overwrite) == 130
+    assert "stopped by SIGINT" in capsys.readouterr().err
+    if what != "a writer":
+        (out.parent / "kept.json").rename(out / "run.json")
+    assert tree(out) == tree(reference)
 
 
 def test_nobody_listening_does_not_end_a_job(job, out):

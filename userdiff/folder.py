@@ -32,7 +32,8 @@ def open_folder(
         with errors_of("--output_dir"):
             config.output_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(record.folder_lock(config.output_dir))
-            record.wait_for_writers(config.output_dir)
+            with interrupt.abandonable():
+                record.wait_for_writers(config.output_dir)
         held.callback(_forget_writers, config.output_dir)
         if config.overwrite and restart_count() == 0:  # a restarted group goes on where the first one failed
             _start_again(config, user_ids, interrupt)
@@ -41,7 +42,8 @@ def open_folder(
         with errors_of("--output_dir"):
             old = RunRecord.read(config.output_dir)
         if old is None:
-            _refuse_foreign(config.output_dir, record.identity_hash(identity))
+            with interrupt.abandonable():
+                _refuse_foreign(config.output_dir, record.identity_hash(identity))
         else:
             _refuse_other_identity(config, old, identity)
         yield old
@@ -111,12 +113,12 @@ def _start_again(config: JobConfig, user_ids: Collection[int], interrupt: Interr
     Where a user's folder is a link to another place, only what is recorded is known to have been put there.
     """
     output_dir = config.output_dir
-    if not (output_dir / record.RECORD_NAME).exists():
-        _refuse_foreign(output_dir)
-    believed, claims = manifest.recorded_rows(output_dir)
     own: list[manifest.Item] = []
     strangers: list[manifest.Item] = []
     with interrupt.abandonable():  # nothing is removed yet
+        if not (output_dir / record.RECORD_NAME).exists():
+            _refuse_foreign(output_dir)
+        believed, claims = manifest.recorded_rows(output_dir)
         for item in images.image_files(output_dir):
             path = output_dir / images.file_name(*item)
             is_own = item in believed or item in claims or (not path.parent.is_symlink() and _explains_itself(path))

@@ -243,7 +243,8 @@ def find_finished(
             rows[item] = row
         elif is_strange and item not in believed and item not in claims:
             strangers.append(item)
-    lost = {row_item for row_item in (*believed, *claims) if row_item not in rows}
+    recorded = [*believed.values(), *(row for of_item in claims.values() for row in of_item)]
+    lost = {(row.user_id, row.image_index) for row in recorded if recipe.agrees(row)} - rows.keys()
     return Finished([rows[item] for item in sorted(rows)], sorted(lost), sorted(strangers))
 
 
