@@ -45,10 +45,11 @@ def launch(
     launcher_flags: Sequence[str] = (),
     threads: int = 1,
     script: Path | str = "batch_generate.py",
+    config: str = "cpu.yaml",
 ) -> subprocess.Popen:
     """Start a job with real processes, as the README says."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", "accelerate_configs/cpu.yaml", "--num_processes", str(num_processes)]
+    command += ["--config_file", f"accelerate_configs/{config}", "--num_processes", str(num_processes)]
     command += ["--num_cpu_threads_per_process", str(threads), *launcher_flags]
     command += [str(script), "--device", "cpu", *map(str, flags)]
     return start(command)

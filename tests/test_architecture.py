@@ -13,7 +13,17 @@ PACKAGE = Path(userdiff.__file__).parent
 SCRIPT = PACKAGE.parent / "batch_generate.py"
 
 TORCH_FREE = {"config", "planning", "images", "manifest", "record", "gallery", "audit", "halting"}
-STAGES = {*TORCH_FREE, "conditioning", "models", "sampling", "training", "loading", "coordination"}
+STAGES = {
+    *TORCH_FREE,
+    "conditioning",
+    "models",
+    "sampling",
+    "training",
+    "loading",
+    "coordination",
+    "acceleration",
+    "computing",
+}
 
 # module -> what it may import besides the standard library: names without a dot in front are modules of the package
 # where there is one of that name, else other packages
@@ -31,8 +41,20 @@ MAY_IMPORT = {
     "conditioning": {"torch", "safetensors"},
     "models": {"torch", "diffusers"},
     "sampling": {"torch"},
+    "acceleration": {"torch"},
     "training": {"conditioning", "models", "planning", "sampling", "torch"},
-    "loading": {"config", "conditioning", "models", "record", "sampling", "torch", "diffusers"},
+    "loading": {"acceleration", "config", "conditioning", "models", "record", "sampling", "torch", "diffusers"},
+    "computing": {
+        "acceleration",
+        "config",
+        "halting",
+        "loading",
+        "manifest",
+        "planning",
+        "sampling",
+        "numpy",
+        "torch",
+    },
     "coordination": {"halting", "torch.distributed"},
     "console": {
         "config",

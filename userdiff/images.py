@@ -25,6 +25,7 @@ _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 FOLDER_NAME = re.compile(r"user_\d{2,}")
 RUN_CHUNK = "userdiff_run"
+COMPRESS_LEVEL = 6
 DRAIN_SECONDS = 5.0
 
 
@@ -63,8 +64,11 @@ def remove_temporaries(output_dir: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def encode_png(pixels: NDArray[np.uint8], text: Mapping[str, str]) -> bytes:
-    """Encode [height, width, channels] uint8 (1, 3 or 4 channels) as PNG with `text` as its text chunks."""
+def encode_png(pixels: NDArray[np.uint8], text: Mapping[str, str], compress_level: int = COMPRESS_LEVEL) -> bytes:
+    """Encode [height, width, channels] uint8 (1, 3 or 4 channels) as PNG with `text` as its text chunks.
+
+    compress_level: zlib's, 0 to 9.
+    """
     mode = _MODES.get(pixels.shape[2])
     if mode is None:
         raise ValueError(f"a PNG has 1, 3 or 4 channels, the VAE makes {pixels.shape[2]}")
@@ -73,7 +77,7 @@ def encode_png(pixels: NDArray[np.uint8], text: Mapping[str, str]) -> bytes:
         chunks.add_text(key, value)
     buffer = io.BytesIO()
     image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if mode == "L" else pixels))
-    image.save(buffer, format="PNG", pnginfo=chunks)
+    image.save(buffer, format="PNG", pnginfo=chunks, compress_level=compress_level)
     return buffer.getvalue()
 
 

@@ -1,5 +1,6 @@
 """A job's models as its flags name them: loaded, checked against each other, on their device, and identified."""
 
+import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from userdiff import models
+from userdiff.acceleration import Compilation, use_single_token
 from userdiff.conditioning import (
     IncompatibleWeightsError,
     UserConditionEncoder,
@@ -35,6 +37,8 @@ class JobModel:
     conditioning: str
     """`trained` or `random`."""
     device: torch.device
+    compiled: str
+    """How; `no` where they are not."""
     identity: dict[str, Any]
     """What decides the pixels, for `run.json`."""
 
@@ -46,12 +50,19 @@ class JobModel:
         return int(height * width * enlargement**2 * self.vae.config.out_channels)
 
     @property
+    def device_name(self) -> str:
+        """Of the GPU, or of the CPU's kind."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+
+    @property
     def run(self) -> str:
         """The identity hash."""
         return identity_hash(self.identity)
 
 
-def load_model(config: JobConfig, device: torch.device, precision: str) -> JobModel:
+def load_model(
+    config: JobConfig, device: torch.device, precision: str, compilation: Compilation | None = None
+) -> JobModel:
     """Load and check everything the pixels come from; raises UsageError naming the flag of what is wrong."""
     user_index = _user_index(config)
     _check_precision(precision, device)
@@ -81,22 +92,28 @@ def load_model(config: JobConfig, device: torch.device, precision: str) -> JobMo
             "conditioning": (trained, "trained"),
         },
     )
+    use_single_token(unet)
     vae_precision = "no" if precision == "fp16" and vae.config.force_upcast else precision
+    unet, vae = _place(unet, device, precision), _place(vae, device, vae_precision)
+    if compilation:
+        compilation.apply(unet, vae)
     return JobModel(
-        unet=_place(unet, device, precision),
-        vae=_place(vae, device, vae_precision),
+        unet=unet,
+        vae=vae,
         condition_encoder=encoder.to(device),
         scheduler=scheduler,
         user_index=user_index,
         conditioning=trained,
         device=device,
+        compiled=str(compilation or "no"),
         identity=identity,
     )
 
 
 def _place(module: torch.nn.Module, device: torch.device, precision: str) -> Any:
     # torch's own `to`: the one diffusers puts over it warns of modules to keep in float32 even where there are none
-    return torch.nn.Module.to(module, device, DTYPES[precision])
+    to: Any = torch.nn.Module.to
+    return to(module, device, DTYPES[precision], memory_format=torch.channels_last)
 
 
 def _user_index(config: JobConfig) -> dict[int, int]:

@@ -1,7 +1,7 @@
 """One process's way through a job: load, plan (the main process), compute and write batches, merge. Orchestration."""
 
-import platform
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -11,16 +11,28 @@ import numpy as np
 import PIL
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_choice_from_env, parse_flag_from_env
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, parse_choice_from_env, parse_flag_from_env
 from numpy.typing import NDArray
 
-from userdiff import audit, console, coordination, folder, gallery, halting, images, manifest, record, sampling
+from userdiff import (
+    audit,
+    computing,
+    console,
+    coordination,
+    folder,
+    gallery,
+    halting,
+    images,
+    manifest,
+    record,
+)
+from userdiff.acceleration import Compilation
 from userdiff.config import DEFAULT_BATCH_SIZE, JobConfig, UsageError, errors_of
 from userdiff.coordination import Coordinator
-from userdiff.halting import Interrupt
+from userdiff.halting import Halted, Interrupt
 from userdiff.loading import JobModel, load_model
 from userdiff.manifest import Item
-from userdiff.planning import PADDING, Plan, item_seed, make_plan
+from userdiff.planning import PADDING, Plan, make_plan
 from userdiff.record import RunRecord
 
 WRITER_THREADS = 4
@@ -42,7 +54,7 @@ def run(config: JobConfig) -> int:
             precision = config.mixed_precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
             try:
                 with interrupt.abandonable():
-                    model = load_model(config, device, precision)
+                    model = load_model(config, device, precision, compilation())
                 return run_process(config, model, coordinator)
             except OSError as error:
                 raise folder.disk_failure(error) from error
@@ -62,6 +74,15 @@ def join_processes(requested_device: str) -> torch.device:
     use_cpu = not has_cuda or (requested_device != "cuda" and parse_flag_from_env("ACCELERATE_USE_CPU"))
     group = {"backend": "gloo", "timeout": JOIN_TIMEOUT} if torch.distributed.is_torchelastic_launched() else {}
     return PartialState(cpu=use_cpu or requested_device == "cpu", **group).device
+
+
+def compilation() -> Compilation | None:
+    """Read the launcher's `dynamo_config`."""
+    dynamo = TorchDynamoPlugin()
+    if dynamo.backend == DynamoBackend.NO:
+        return None
+    with errors_of("--dynamo_mode"):
+        return Compilation(options=dynamo.to_kwargs(), is_regional=dynamo.use_regional_compilation)
 
 
 def set_kernels(allow_tf32: bool) -> None:
@@ -140,7 +161,8 @@ def _numerics(config: JobConfig, model: JobModel, old_record: RunRecord | None) 
     begun_with = old_record.numerics["batch_size"] if old_record else DEFAULT_BATCH_SIZE
     return {
         "batch_size": config.batch_size or begun_with,
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
+        "device": model.device_name,
+        "compiled": model.compiled,
         "threads_per_process": torch.get_num_threads(),
         "allow_tf32": config.allow_tf32,
         "torch": torch.__version__,
@@ -176,39 +198,37 @@ def make_images(
             part.append(recipe.row(*item, size=(pixels.shape[1], pixels.shape[0]), png=png))
             coordinator.count_published(1, num_bytes=len(png))
 
+        for number, batch in _batches(config, model, plan, coordinator, on_step):
+            if number == 0 and batch.contradicts_range:
+                console.warn_of_range(config.vae_output_range)
+            for item, pixels in batch.images():
+                if pixels is None:
+                    coordinator.report_failed(*item)
+                else:
+                    writers.submit(partial(save, item, pixels))
+
+
+def _batches(
+    config: JobConfig, model: JobModel, plan: Plan, coordinator: Coordinator, on_step: Callable[[], None]
+) -> Iterator[tuple[int, computing.Batch]]:
+    """Claim batches until none is left, and give each with its number once its images are there.
+
+    One is given while a GPU computes the next, so two are under way at most.
+    """
+    under_way: deque[tuple[int, computing.Batch]] = deque()
+    try:
         while (number := coordinator.next_batch()) < len(plan.batches):
             items = [None if row == PADDING else plan.item(row) for row in plan.batches[number]]
             with coordinator.interrupt.abandonable():
-                decoded = compute(config, model, items, on_step)
-                if number == 0 and sampling.contradicts_range(decoded, config.vae_output_range):
-                    console.warn_of_range(config.vae_output_range)
-                finite = sampling.finite_images(decoded).cpu().numpy()
-                pixels = sampling.to_uint8(decoded).cpu().numpy()
-            for row, item in enumerate(items):
-                if item is not None and finite[row]:
-                    writers.submit(partial(save, item, pixels[row]))
-                elif item is not None:
-                    coordinator.report_failed(*item)
-
-
-@torch.inference_mode()
-def compute(
-    config: JobConfig, model: JobModel, items: list[Item | None], on_step: Callable[[], None] = lambda: None
-) -> torch.Tensor:
-    """Compute a batch of images, None for padding: [batch, channels, height, width] float32, decoded, not clamped.
-
-    Padding is computed like the rest, from seed 0 and the first row of the embedding: a pass always has its shape.
-    """
-    generators = sampling.item_generators([item_seed(config.seed, *item) if item else 0 for item in items])
-    user_index = torch.tensor([model.user_index[item[0]] if item else 0 for item in items], device=model.device)
-    latents = sampling.denoise(
-        model.unet,
-        model.scheduler,
-        sampling.initial_latents(generators, sampling.latents_shape(model.unet)).to(model.device),
-        model.condition_encoder(user_index).unsqueeze(1),
-        num_inference_steps=config.num_inference_steps,
-        eta=config.eta,
-        generators=generators,
-        on_step=on_step,
-    )
-    return sampling.decode(model.vae, latents, output_range=config.vae_output_range)
+                under_way.append((number, computing.start(config, model, items, on_step)))
+                if len(under_way) > 1:
+                    under_way[0][1].wait()
+            while under_way and under_way[0][1].is_there():
+                yield under_way.popleft()
+        for number, batch in under_way:
+            with coordinator.interrupt.abandonable():
+                batch.wait()
+            yield number, batch
+    except Halted:
+        yield from ((number, batch) for number, batch in under_way if batch.is_there())
+        raise

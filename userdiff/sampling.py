@@ -12,6 +12,8 @@ from torch import Generator, Tensor
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
+DECODED_AT_ONCE = 4  # images; more is slower, and the decoder's memory grows with them
+
 
 def item_generators(seeds: Sequence[int]) -> list[Generator]:
     """Make one CPU generator per image. CPU, because what a CUDA generator draws depends on the GPU model."""
@@ -28,6 +30,11 @@ def latents_shape(unet: "UNet2DConditionModel") -> tuple[int, int, int]:
     size: Any = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return unet.config.in_channels, height, width
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device; to a GPU from pinned memory, so that the host goes on while the GPU still has other work."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @torch.no_grad()
@@ -54,11 +61,11 @@ def denoise(
     scheduler.set_timesteps(num_inference_steps)
     dtype = next(unet.parameters()).dtype
     encoder_hidden_states = encoder_hidden_states.to(latents.device, dtype)
-    timesteps = scheduler.timesteps.to(latents.device)  # one copy for the whole loop; indexing it is free of syncs
+    timesteps = to_device(scheduler.timesteps, latents.device)  # one copy for the whole loop
     for step, timestep in enumerate(scheduler.timesteps.tolist()):
         on_step()
         model_output = unet(latents.to(dtype), timesteps[step], encoder_hidden_states, return_dict=False)[0].float()
-        noise = initial_latents(generators, latents.shape[1:]).to(latents.device) if eta > 0 else None
+        noise = to_device(initial_latents(generators, latents.shape[1:]), latents.device) if eta > 0 else None
         latents = scheduler.step(model_output, timestep, latents, eta=eta, variance_noise=noise, return_dict=False)[0]
     return latents
 
@@ -68,12 +75,16 @@ def decode(vae: "AutoencoderKL", latents: Tensor, *, output_range: str = "unit")
     """Decode latents to images: [batch, channels, height, width] float32, nominally in [0, 1], not yet clamped.
 
     Not clamped so that a caller can still tell what is not finite, or plainly in another range, from what is.
-    `output_range` is what the VAE was trained on: "unit" for [0, 1], "signed" for [-1, 1].
+    `output_range` is what the VAE was trained on: "unit" for [0, 1], "signed" for [-1, 1]. Decodes a few images at a
+    time, in parts of equal size, since kernels are chosen, and graphs compiled, by shape.
     """
     if output_range not in ("unit", "signed"):
         raise ValueError(f"output_range: {output_range!r} is neither unit nor signed")
     dtype = next(vae.parameters()).dtype
-    images: Tensor = vae.decode((latents / vae.config.scaling_factor).to(dtype), return_dict=False)[0].float()
+    at_once = max(size for size in range(1, DECODED_AT_ONCE + 1) if len(latents) % size == 0)
+    parts = (latents / vae.config.scaling_factor).to(dtype).split(at_once)
+    # copied even where it is float32: a CUDA graph's output is overwritten by its next run
+    images = torch.cat([vae.decode(part, return_dict=False)[0].to(torch.float32, copy=True) for part in parts])
     return images / 2 + 0.5 if output_range == "signed" else images
 
 
@@ -90,11 +101,11 @@ def finite_images(images: Tensor) -> Tensor:
     return torch.isfinite(images).flatten(1).all(1)
 
 
-def contradicts_range(images: Tensor, output_range: str) -> bool:
-    """Whether decoded images plainly come from a VAE trained on the other range than `output_range`.
+def contradicts_range(images: Tensor, output_range: str) -> Tensor:
+    """Whether decoded images plainly come from a VAE trained on the other range than `output_range`: [] bool.
 
     Taken as "unit", [-1, 1] images have many values below 0; taken as "signed", [0, 1] images have none below 0.5.
     """
     if output_range == "signed":
-        return bool(images.amin() > 0.4)
-    return bool((images < -0.1).float().mean() > 0.1)
+        return images.amin() > 0.4
+    return (images < -0.1).float().mean() > 0.1

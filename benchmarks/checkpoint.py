@@ -1,0 +1,45 @@
+"""A checkpoint of the size in use, with random weights: a speed does not depend on what they are."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+
+from userdiff import UserConditionEncoder
+
+NUM_USERS = 31
+EMBED_DIM = 512
+LATENTS = 32  # height and width; the images are four times as large
+
+
+def make_checkpoint(folder: Path) -> None:
+    """Save a UNet 128-256-512-512 (140 M parameters), a VAE 128-256-512 that enlarges 4 times (43 M), and an encoder."""
+    torch.manual_seed(0)
+    down, up = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+    unet = UNet2DConditionModel(
+        sample_size=LATENTS,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=(down, down, down, "DownBlock2D"),
+        up_block_types=("UpBlock2D", up, up, up),
+        cross_attention_dim=EMBED_DIM,
+    )
+    vae = AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(128, 256, 512),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=2,
+        sample_size=4 * LATENTS,
+    )
+    unet.save_pretrained(folder / "unet")
+    vae.save_pretrained(folder / "vae")
+    save_file(UserConditionEncoder(NUM_USERS, EMBED_DIM).state_dict(), folder / "condition_encoder.safetensors")
+
+
+def model_flags(folder: Path) -> list[str]:
+    """Give the job's flags that name it."""
+    paths = ["--vae_path", folder / "vae", "--unet_path", folder / "unet", "--condition_encoder_path", folder]
+    return [*map(str, paths), "--num_users", str(NUM_USERS)]
