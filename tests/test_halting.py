@@ -89,3 +89,20 @@ def load_as_a_library_does(interrupt):
 def test_a_reason_to_end_wins_over_what_a_library_makes_of_it():
     with Interrupt().listen() as interrupt, pytest.raises(Stopped):
         load_as_a_library_does(interrupt)
+
+
+def compile_as_torch_does(interrupt):
+    with interrupt.abandonable():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(10**6):
+                pass
+        except Exception as error:
+            error.args = (f"{error}\n\nfrom user code:\n   File ...",)
+            raise
+
+
+def test_what_a_compiler_adds_to_an_error_is_not_shown():
+    with Interrupt().listen() as interrupt, pytest.raises(Stopped) as raised:
+        compile_as_torch_does(interrupt)
+    assert str(raised.value) == "stopped by SIGTERM"

@@ -59,6 +59,10 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
     )
     if 0 < plan.num_items < plan.batch_size and config.batch_size is None:
         _say(f"Note: {plan.num_items} images in batches of {plan.batch_size}; --batch_size {plan.num_items} would do")
+    if model.compiled != "no" and plan.num_waiting:
+        _say(
+            f"Compiling ({model.compiled}): the first batch takes minutes longer, less once the compiler's cache is warm"
+        )
     _say_what_lies_beyond(plan, found)
     _say_disk(config.output_dir, model, plan, found.rows)
 

@@ -42,6 +42,10 @@ class Failed(Halted):
         self.is_alone = is_alone
 
 
+class _Abandoned(Exception):
+    """Thrown into work that is given up, in the reason's place: compilers write into the errors that pass through them."""
+
+
 class Interrupt:
     """The first reason for this process to end, whoever brings it: a signal, or a thread that heard of it."""
 
@@ -96,7 +100,7 @@ class Interrupt:
         self.reason = self.reason or Stopped(signal_number)
         if self._may_raise:
             self._may_raise = False  # once: what follows is an orderly end
-            raise self.reason
+            raise _Abandoned
 
 
 @contextmanager
