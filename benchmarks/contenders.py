@@ -1,10 +1,11 @@
-"""What the job is compared with, each in a process of its own: prints the seconds that each batch took, as JSON.
+"""What the job is compared with, each in a process of its own: prints the seconds of each batch and the peak memory.
 
 python -m benchmarks.contenders original CHECKPOINT OUTPUT --num_batches 3
 """
 
 import argparse
 import json
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,7 +126,7 @@ def main() -> None:
         started = time.perf_counter()
         batch()
         seconds.append(time.perf_counter() - started)
-    print(json.dumps(seconds))
+    print(json.dumps({"seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 
 if __name__ == "__main__":
