@@ -144,7 +144,32 @@ def test_verify_finds_what_is_missing_changed_or_foreign(out, capsys):
     assert main(["verify", str(out)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"changed     user_01/generated_001.png: 5 bytes, its row says {size}"
-    assert lines[-1] == f"{out}: 6 problems (sizes compared, contents not read)"
+    assert lines[6:] == [
+        f"{out}: 6 problems (sizes compared, contents not read)",
+        "What is changed: remove it, and the job's command makes it again",
+        "What is foreign: move it away",
+        "What is missing: the job's command makes it",
+    ]
+
+
+def test_a_preview_says_what_it_lacks(out, capsys):
+    assert main(["preview", str(out), "--picture", str(out / "picture")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("userdiff preview: error: --picture: ")
+    assert "needed: a name ending in .png or " in error
+    (out / "manifest.csv").rename(out / "manifest.part-00000.csv")
+    assert main(["preview", str(out)]) == 2
+    assert capsys.readouterr().err.endswith("an interrupted run's rows are in part files, `userdiff merge` first\n")
+
+
+def test_a_long_list_is_cut_and_a_job_at_work_is_named(out, capsys):
+    for number in range(25):
+        (out / "user_01" / f"{number}.txt").write_text("x")
+    with folder_lock(out):
+        assert main(["verify", str(out)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[20] == "foreign     and 5 more"
+    assert lines[-1].startswith("A job is at work here (process ")
 
 
 def flip_a_byte(path):

@@ -111,6 +111,7 @@ def test_a_damaged_record_is_refused_and_overwritten_on_demand(job, out, referen
     assert run_job(*job) == 2
     assert "or start again with --overwrite" in capsys.readouterr().err
     assert run_job(*job, "--overwrite") == 0
+    assert f"Removed: 15 images of earlier runs, from {out}\n" in capsys.readouterr().out
     assert tree(out) == tree(reference)
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,14 @@ from typing import Any
 from userdiff.config import UsageError, parse_args
 from userdiff.halting import Halted, Stopped
 
+_LISTED = 20  # problems of a kind; --deep on a broken disk may find thousands
+_REMEDIES = {  # of what `verify` finds
+    "missing": "the job's command makes it",
+    "changed": "remove it, and the job's command makes it again",
+    "unmerged": "`userdiff merge` records it, and so does the job's command",
+    "unrecorded": "`userdiff merge` records it, and so does the job's command",
+    "foreign": "move it away",
+}
 _SAY_PATIENCE = 5  # seconds or so, for a store that may be gone
 
 _GENERATE_HELP = "generate a dataset: what batch_generate.py does, from anywhere (see `userdiff generate --help`)"
@@ -45,7 +54,9 @@ def _make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--deep", action="store_true", help="read, hash and decode every image, not only its size")
     add(merge, "put an interrupted run's part files into manifest.csv, without making the rest")
     sub = add(preview, "make preview.html again, and a picture of the dataset if asked for")
-    sub.add_argument("--picture", type=Path, help="also write this PNG: one row of images per user")
+    sub.add_argument(
+        "--picture", type=Path, help="also write this picture (.png, .jpg, .webp): one row of images per user"
+    )
     sub.add_argument(
         "--columns", type=int, default=10, help="images of each user in the picture (default: %(default)s)"
     )
@@ -109,13 +120,22 @@ def status(output_dir: Path) -> int:
 
 def verify(output_dir: Path, deep: bool = False) -> int:
     """Compare a dataset's rows with its files: what is missing, changed, unrecorded, unmerged or foreign."""
-    from userdiff import audit
+    from userdiff import audit, record
 
     problems = audit.verify(output_dir, deep=deep, track=_show_reading)
-    for problem in problems:
-        print(f"{problem.kind:<10}  {problem.name}: {problem.what}")
+    kinds = Counter(problem.kind for problem in problems)
+    for kind in kinds:
+        listed = [problem for problem in problems if problem.kind == kind]
+        for problem in listed[:_LISTED]:
+            print(f"{kind:<10}  {problem.name}: {problem.what}")
+        if len(listed) > _LISTED:
+            print(f"{kind:<10}  and {len(listed) - _LISTED} more")
     what = "every image read" if deep else "sizes compared, contents not read"
     print(f"{output_dir}: {len(problems)} problems ({what})" if problems else f"{output_dir}: all is well ({what})")
+    for kind in kinds:
+        print(f"What is {kind}: {_REMEDIES[kind]}")
+    if holder := record.lock_holder(output_dir):
+        print(f"A job is at work here ({holder}): what is missing may be on its way")
     return 1 if problems else 0
 
 
@@ -134,7 +154,15 @@ def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, sc
 
     rows = list(manifest.read_rows(output_dir / manifest.MANIFEST_NAME))
     if not rows:
-        raise ValueError(f"{output_dir} holds no {manifest.MANIFEST_NAME} with images in it")
+        where = "; an interrupted run's rows are in part files, `userdiff merge` first" * bool(
+            manifest.part_paths(output_dir)
+        )
+        raise ValueError(f"{output_dir} holds no {manifest.MANIFEST_NAME} with images in it{where}")
+    if picture is not None and picture.suffix.lower() not in images.PICTURE_SUFFIXES:
+        needed = " or ".join(images.PICTURE_SUFFIXES)
+        raise ValueError(
+            f"--picture: {str(picture)!r} does not say which kind of picture, needed: a name ending in {needed}"
+        )
     page = gallery.preview_page(output_dir.resolve().name, rows)
     images.publish(output_dir / gallery.PREVIEW_NAME, page.encode())
     print(output_dir / gallery.PREVIEW_NAME)

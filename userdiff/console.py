@@ -46,6 +46,12 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
     plain = all(index == user_id - 1 for user_id, index in model.user_index.items())
     rows = "id - 1" if plain else " ".join(f"{user_id}:{index}" for user_id, index in model.user_index.items())
     _say(f"Users: {format_ids(plan.user_ids)}; row of the embedding: {rows}")
+    noise = model.scheduler.config
+    _say(
+        f"Noise schedule: {noise.beta_schedule} {noise.beta_start:g} to {noise.beta_end:g}, {noise.num_train_timesteps} steps, "
+        f"{noise.prediction_type}, samples {'clipped' if noise.clip_sample else 'not clipped'}"
+        f"{'' if config.scheduler_path else '; the default, --scheduler_path names another'}"
+    )
     if config.train_user_ids and len(config.train_user_ids) < config.num_users:
         _warn(
             f"--train_user_ids names {len(config.train_user_ids)} users, the table has {config.num_users} rows; a missing "
@@ -57,7 +63,7 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
         f"{plan.num_waiting} to make in {len(plan.batches)} batches of {plan.batch_size} by {num_processes} "
         f"{'process' if num_processes == 1 else 'processes'} on {model.device.type}"
     )
-    if 0 < plan.num_items < plan.batch_size and config.batch_size is None:
+    if 0 < plan.num_items < plan.batch_size and config.batch_size is None and not found.rows:
         _say(f"Note: {plan.num_items} images in batches of {plan.batch_size}; --batch_size {plan.num_items} would do")
     if model.compiled != "no" and plan.num_waiting:
         _say(
@@ -65,6 +71,11 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
         )
     _say_what_lies_beyond(plan, found)
     _say_disk(config.output_dir, model, plan, found.rows)
+
+
+def say_removed(output_dir: Path, number: int) -> None:
+    """Say what `--overwrite` has removed."""
+    _say(f"Removed: {number} images of earlier runs, from {output_dir}")
 
 
 def _say_what_lies_beyond(plan: Plan, found: Finished) -> None:

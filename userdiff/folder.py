@@ -133,6 +133,8 @@ def _start_again(config: JobConfig, user_ids: Collection[int], interrupt: Interr
                 folder.rmdir()
         for path in [output_dir / manifest.MANIFEST_NAME, *manifest.part_paths(output_dir), output_dir / PREVIEW_NAME]:
             path.unlink(missing_ok=True)
+        if own:
+            console.say_removed(output_dir, len(own))
         (output_dir / record.RECORD_NAME).unlink(missing_ok=True)  # last: until then the folder is known for a job's
 
 

@@ -26,6 +26,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 FOLDER_NAME = re.compile(r"user_\d{2,}")
 RUN_CHUNK = "userdiff_run"
 COMPRESS_LEVEL = 6
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DRAIN_SECONDS = 5.0
 
 
