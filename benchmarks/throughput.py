@@ -177,7 +177,7 @@ def has_bf16() -> bool:
 def main() -> None:
     """Measure, print the tables, write the samples."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1, help="medians of more are steadier")
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=4, help="of the job, its floor and the pipeline")
     parser.add_argument("--num_batches", type=int, default=2, help="of each process; the first is not counted")

@@ -98,8 +98,14 @@ def test_kernels_chosen_by_timing_are_refused(checkpoint, tmp_path, capsys, monk
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_compiled_launches_make_the_same_bytes_user_by_user(checkpoint, tmp_path, monkeypatch, precision):
+@pytest.mark.parametrize(
+    ("precision", "launcher_flags", "compiled"),
+    [("no", [], "inductor"), ("bf16", ["--dynamo_use_regional_compilation"], "inductor, regional")],
+    ids=["float32", "bf16, regional"],
+)
+def test_compiled_launches_make_the_same_bytes_user_by_user(
+    checkpoint, tmp_path, monkeypatch, precision, launcher_flags, compiled
+):
     """Users change from batch to batch: a graph that had taken one's vectors for a constant would draw them again."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     job = [*model_flags(checkpoint), "--num_inference_steps", 3, "--num_images_per_user", 2, "--batch_size", 2]
@@ -110,7 +116,7 @@ def test_compiled_launches_make_the_same_bytes_user_by_user(checkpoint, tmp_path
         )
         assert status == 0, stderr
     assert tree(tmp_path / "1") == tree(tmp_path / "2")
-    assert json.loads((tmp_path / "2" / "run.json").read_text())["numerics"]["compiled"] == "inductor"
+    assert json.loads((tmp_path / "2" / "run.json").read_text())["numerics"]["compiled"] == compiled
     if precision == "no":
         items = [(user_id, image_index) for user_id in range(1, 6) for image_index in range(2)]
         assert_parity(tmp_path / "2", {item: oracle_image(checkpoint, *item, steps=3) for item in items})
