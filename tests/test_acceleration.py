@@ -96,17 +96,16 @@ def test_kernels_chosen_by_timing_are_refused(checkpoint, tmp_path, capsys, monk
     assert not (tmp_path / "out").exists()
 
 
-def test_a_frozen_graph_draws_each_user_their_own(monkeypatch):
+def test_a_frozen_graph_draws_each_user_their_own():
     """The trap of a compiled graph with frozen weights: vectors it had taken for constants would draw user A for B."""
     from torch._inductor import config
 
-    monkeypatch.setattr(config, "freezing", False)  # is set by what is tested
     plain = make_unet(
         block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
     )
     fast = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     use_single_token(fast)
-    with torch.inference_mode():
+    with torch.inference_mode(), config.patch(freezing=False):  # is set by what is tested
         Compilation(options={"backend": "inductor", "dynamic": False}).apply(fast, AutoencoderKL())
         assert config.freezing
         for user in range(3):

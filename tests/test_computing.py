@@ -71,10 +71,9 @@ def test_another_runtime_error_is_not_taken_for_memory(job, memory):
 def test_without_a_compiler_one_line_says_how_to_do_without(job, capsys, monkeypatch):
     from torch._inductor import config
 
-    monkeypatch.setattr(config, "freezing", False)  # is set by the job
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    assert run_job(*job) == 1
+    with config.patch({"cpp.cxx": ("no-such-compiler",), "freezing": False}):  # the second is set by the job
+        assert run_job(*job) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("batch_generate.py: error: the models cannot be compiled (")
     assert "--dynamo_backend no does without; 0 of 20 images are in " in error

@@ -76,33 +76,33 @@ def test_ctrl_c_is_deadly_only_for_a_while():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def load_as_a_library_does(interrupt):
-    with interrupt.abandonable():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            for _ in range(10**6):
-                pass
-        except Exception as error:
-            raise ValueError(f"the file is damaged: {error}") from error
+def be_signalled():
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(10**6):
+        pass
 
 
 def test_a_reason_to_end_wins_over_what_a_library_makes_of_it():
+    def load(interrupt):
+        with interrupt.abandonable():
+            try:
+                be_signalled()
+            except Exception as error:
+                raise ValueError(f"the file is damaged: {error}") from error
+
     with Interrupt().listen() as interrupt, pytest.raises(Stopped):
-        load_as_a_library_does(interrupt)
-
-
-def compile_as_torch_does(interrupt):
-    with interrupt.abandonable():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            for _ in range(10**6):
-                pass
-        except Exception as error:
-            error.args = (f"{error}\n\nfrom user code:\n   File ...",)
-            raise
+        load(interrupt)
 
 
 def test_what_a_compiler_adds_to_an_error_is_not_shown():
+    def compile_model(interrupt):
+        with interrupt.abandonable():
+            try:
+                be_signalled()
+            except Exception as error:
+                error.args = (f"{error}\n\nfrom user code:\n   File ...",)
+                raise
+
     with Interrupt().listen() as interrupt, pytest.raises(Stopped) as raised:
-        compile_as_torch_does(interrupt)
+        compile_model(interrupt)
     assert str(raised.value) == "stopped by SIGTERM"
