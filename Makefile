@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 KILLS ?= 300
 BENCH ?= --json benchmarks/throughput.json
 
@@ -16,13 +17,13 @@ demo: .venv/run.stamp
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml batch_generate.py --device cpu --output_dir out/demo
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 chaos: .venv/dev.stamp
 	$(BIN)/python -m tests.chaos --kills $(KILLS) $(if $(SEED),--seed $(SEED))
@@ -37,21 +38,12 @@ format: .venv/dev.stamp
 clean:
 	rm -rf .venv out
 
-# Two stamps: the demo needs none of the development tools.
-.venv/run.stamp: pyproject.toml constraints.txt
+# Stamps, since the demo needs none of the development tools, and only the benchmarks those of others.
+.venv/run.stamp: extra =
+.venv/dev.stamp: extra = [dev]
+.venv/bench.stamp: extra = [bench]
+.venv/%.stamp: pyproject.toml constraints.txt
 	@echo "Installing into .venv: a minute or two"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
-	@touch $@
-
-.venv/dev.stamp: pyproject.toml constraints.txt
-	@echo "Installing into .venv: a minute or two"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@ .venv/run.stamp
-
-.venv/bench.stamp: pyproject.toml constraints.txt
-	@echo "Installing into .venv: a minute or two"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(extra)'
 	@touch $@ .venv/run.stamp

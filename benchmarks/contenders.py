@@ -1,11 +1,14 @@
-"""What the job is compared with, each in a process of its own: prints the seconds of each batch and the peak memory.
+"""The job and what it is compared with, each in a process of its own that computes a batch whenever it is told to.
 
-python -m benchmarks.contenders original CHECKPOINT OUTPUT --num_batches 3
+    echo batch | python -m benchmarks.contenders original CHECKPOINT OUTPUT
+
+So that several can take turns without being loaded again. Every line on stdin is answered with one on stdout.
 """
 
 import argparse
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,16 +16,19 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from torch.distributed import HashStore
 
 from benchmarks.checkpoint import EMBED_DIM, LATENTS, NUM_USERS, model_flags
 from userdiff import UserConditionEncoder, models, runner
 from userdiff.acceleration import token_vectors
 from userdiff.conditioning import load_condition_encoder
 from userdiff.config import parse_args
+from userdiff.coordination import Coordinator
 from userdiff.loading import DTYPES, load_model
+from userdiff.planning import make_plan
 from userdiff.sampling import DECODED_AT_ONCE
 
-Batches = Iterator[Callable[[], object]]
+_MOST_BATCHES = 1000
 
 
 def _load(
@@ -35,7 +41,7 @@ def _load(
     return unet, vae, encoder, models.ddim_scheduler(models.load_noise_scheduler(None))
 
 
-def original(args: argparse.Namespace) -> Batches:
+def original(args: argparse.Namespace) -> None:
     """Run the loop most projects begin with: an image at a time, in float32, saved before the next one starts."""
     unet, vae, encoder, scheduler = _load(args.checkpoint, torch.float32)
 
@@ -50,10 +56,11 @@ def original(args: argparse.Namespace) -> Batches:
         pixels = (image.permute(1, 2, 0).numpy() * 255).astype("uint8")
         Image.fromarray(pixels).save(args.output / f"generated_{number:03d}.png")
 
-    return ((lambda number=number: one(number)) for number in range(args.num_batches))
+    for number, _ in enumerate(commands()):
+        one(number)
 
 
-def pipeline(args: argparse.Namespace) -> Batches:
+def pipeline(args: argparse.Namespace) -> None:
     """Run what a user would pick instead: `StableDiffusionPipeline` with `prompt_embeds`, in batches, saving PNGs."""
     unet, vae, encoder, scheduler = _load(args.checkpoint, DTYPES[args.mixed_precision])
     pipe = StableDiffusionPipeline(
@@ -82,51 +89,77 @@ def pipeline(args: argparse.Namespace) -> Batches:
         for row, image in enumerate(images):
             image.save(args.output / f"generated_{number}_{row}.png")
 
-    return ((lambda number=number: batch(number)) for number in range(args.num_batches))
+    for number, _ in enumerate(commands()):
+        batch(number)
 
 
-def floor(args: argparse.Namespace) -> Batches:
-    """Make exactly the UNet and VAE calls of a process of the job, on its own models, and nothing else."""
-    config = parse_args([*model_flags(args.checkpoint), "--output_dir", str(args.output)])
+def job(args: argparse.Namespace) -> None:
+    """Run the loop of one of the job's processes; for "floor", exactly its UNet and VAE calls, on the same models."""
+    flags = [*model_flags(args.checkpoint), "--output_dir", str(args.output), "--batch_size", str(args.batch_size)]
+    config = parse_args([*flags, "--num_inference_steps", str(args.num_inference_steps)])
     runner.set_kernels(allow_tf32=False)
     model = load_model(config, torch.device("cpu"), args.mixed_precision, runner.compilation())
-    dtype = model.unet.dtype
     size, at_once = args.batch_size, min(DECODED_AT_ONCE, args.batch_size)
-    noise = torch.randn(size, 4, LATENTS, LATENTS).to(dtype).contiguous(memory_format=torch.channels_last)
+    noise = torch.randn(size, 4, LATENTS, LATENTS).contiguous(memory_format=torch.channels_last)
     users = torch.arange(size) % NUM_USERS
 
     @torch.inference_mode()
-    def batch() -> None:
+    def floor() -> None:
         vectors = token_vectors(model.unet, model.condition_encoder(users).unsqueeze(1))
         for step in range(args.num_inference_steps):
-            model.unet(noise, torch.tensor(1000 - step), vectors, return_dict=False)
+            model.unet(noise.to(model.unet.dtype), torch.tensor(1000 - step), vectors, return_dict=False)
         for part in noise.to(model.vae.dtype).split(at_once):
             model.vae.decode(part, return_dict=False)
 
-    return (batch for _ in range(args.num_batches))
+    plan = make_plan((1,), size * _MOST_BATCHES, size, done=())
+    (args.output / "user_01").mkdir(exist_ok=True)
+    with _OnCommand(floor) as coordinator:
+        runner.make_images(config, model, plan, coordinator, on_step=coordinator.check)
 
 
-CONTENDERS = {"original": original, "pipeline": pipeline, "floor": floor}
+class _OnCommand(Coordinator):
+    """Hands out a batch whenever one is asked for."""
+
+    def __init__(self, floor: Callable[[], None]) -> None:
+        super().__init__(HashStore, process_index=0, num_processes=1)
+        self._floor = floor
+        self._commands = commands()
+        self._numbers = iter(range(_MOST_BATCHES))
+
+    def next_batch(self) -> int:
+        """Give the next one when the last is made; in between, run the floor as often as it is asked for."""
+        for command in self._commands:
+            if command == "batch":
+                return next(self._numbers)
+            self._floor()
+        return _MOST_BATCHES
+
+
+CONTENDERS = {"original": original, "pipeline": pipeline, "job": job}
+
+
+def commands() -> Iterator[str]:
+    """Give what is asked for on stdin; print how long it took, and the peak memory, when the next is wanted."""
+    for command in sys.stdin:
+        started = time.perf_counter()
+        yield command.strip()
+        seconds = time.perf_counter() - started
+        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": seconds, "peak_mib": peak_mib}), flush=True)
 
 
 def main() -> None:
-    """Run one and print its times."""
-    parser = argparse.ArgumentParser()
+    """Run one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("contender", choices=CONTENDERS)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--num_batches", type=int, default=2)
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--mixed_precision", default="no")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    seconds = []
-    for batch in CONTENDERS[args.contender](args):
-        started = time.perf_counter()
-        batch()
-        seconds.append(time.perf_counter() - started)
-    print(json.dumps({"seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    CONTENDERS[args.contender](args)
 
 
 if __name__ == "__main__":

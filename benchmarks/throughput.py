@@ -1,10 +1,10 @@
-"""The whole job against what a user would run instead, interleaved, on one checkpoint of the size in use.
+"""The job against what a user would run instead, taking turns, on one checkpoint of the size in use.
 
     python -m benchmarks.throughput --json benchmarks/throughput.json
     python -m benchmarks.throughput --batch_sizes 1 2 4 8 16      # rate and memory by batch size instead
 
-`steady` leaves out start-up and each process's first batch; `whole run` is from the command to its end, of a short job:
-in the first round compiled graphs come from a cold cache, in the others from a warm one. Medians over the rounds.
+First whole jobs are launched as the README says: eager, then compiled from a cold cache and from a warm one. Then every
+contender is loaded once and computes one batch a round, so that a change of the machine's mood hits all alike.
 """
 
 import argparse
@@ -17,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_USE_DYNAMIC": "False"}
 ORIGINAL, PIPELINE = "(a) original loop, float32", "(b) StableDiffusionPipeline"
 JOB, JOB_COMPILED = "(c) job", "(c) job, compiled"
-FLOOR, FLOOR_COMPILED = "(d) floor", "(d) floor, compiled"
+FLOOR, FLOOR_COMPILED = "(d) its passes alone", "(d) its passes alone, compiled"
 ONE_PROCESS = "job, one process of one thread"
 TARGETS = [  # (precision, of, against, at least)
     ("no", JOB_COMPILED, ORIGINAL, 1.45),
@@ -44,129 +45,163 @@ TARGETS = [  # (precision, of, against, at least)
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One run of one contender."""
+class Contender:
+    """Processes that share the cores, each with its models loaded."""
 
-    steady: float  # images per second
-    whole: float | None = None  # images per second
-    peak_mib: float | None = None  # of its largest process
+    name: str
+    batch_size: int
+    processes: Sequence[subprocess.Popen[str]]
+
+    def compute(self, command: str = "batch", num_processes: int | None = None) -> tuple[float, float]:
+        """Have a batch computed by each of so many processes at once: (images per second, peak MiB of the largest)."""
+        processes = self.processes[:num_processes]
+        for process in processes:
+            print(command, file=process.stdin, flush=True)
+        answers = []
+        for process in processes:
+            if not (line := process.stdout and process.stdout.readline()):
+                sys.exit(f"{self.name} ended; its errors are above")
+            answers.append(json.loads(line))
+        rate = sum(self.batch_size / answer["seconds"] for answer in answers)
+        return rate, max(answer["peak_mib"] for answer in answers)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A whole job, from its command to its end."""
+
+    num_images: int
+    seconds: float
+    seconds_to_first_image: float
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The commands, all on one checkpoint, with the same precision, steps and cores."""
+    """What all have in common: checkpoint, precision, steps and cores."""
 
     folder: Path
     precision: str
     num_inference_steps: int
     batch_size: int
-    num_batches: int  # of each process
 
     @property
     def checkpoint(self) -> Path:
         """Where it lies."""
         return self.folder / "checkpoint"
 
-    def alone(self, contender: str, env: Mapping[str, str] | None = None, *, num_processes: int = 1) -> Sample:
-        """Run a contender in so many processes at once, which share the cores."""
-        command = [sys.executable, "-m", "benchmarks.contenders", contender, self.checkpoint]
-        flags = ["--batch_size", self.batch_size, "--num_batches", self.num_batches]
-        flags += ["--mixed_precision", self.precision, "--num_inference_steps", self.num_inference_steps]
+    @contextmanager
+    def contender(
+        self, name: str, num_processes: int = 1, env: Mapping[str, str] | None = None, batch_size: int | None = None
+    ) -> Iterator[Contender]:
+        """Start the processes of a contender."""
+        batch_size = batch_size or self.batch_size
+        command = [sys.executable, "-m", "benchmarks.contenders", name, self.checkpoint]
+        flags = ["--batch_size", batch_size, "--num_inference_steps", self.num_inference_steps]
+        flags += ["--mixed_precision", self.precision]
         threads = max(1, (os.cpu_count() or 1) // num_processes)
         processes = [
             subprocess.Popen(
-                [str(part) for part in [*command, self.folder / f"{contender}-{number}", *flags]],
+                [str(part) for part in [*command, self.folder / f"{name}-{number}", *flags]],
                 cwd=ROOT,
                 env={**os.environ, **(env or {}), "OMP_NUM_THREADS": str(threads)},
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
                 text=True,
             )
             for number in range(num_processes)
         ]
-        outputs = [process.communicate() for process in processes]
-        for process, (_, stderr) in zip(processes, outputs, strict=True):
-            if process.returncode:
-                sys.exit(f"{contender} failed:\n{stderr}")
-        results = [json.loads(stdout) for stdout, _ in outputs]
-        steady = sum(self.batch_size / statistics.median(result["seconds"][1:]) for result in results)
-        return Sample(steady, peak_mib=max(result["peak_mib"] for result in results))
+        try:
+            yield Contender(name, batch_size, processes)
+        finally:
+            for process in processes:
+                process.communicate()  # at the end of its input it leaves
 
-    def job(self, config_file: str, num_processes: int = 2) -> Sample:
-        """Run the whole job as the README says, a core for each process."""
+    def launch(self, config_file: str, num_batches: int = 2) -> Launch:
+        """Run a whole job, so many batches by each of two processes."""
         output = self.folder / "dataset"
         shutil.rmtree(output, ignore_errors=True)
-        num_images = self.batch_size * self.num_batches * num_processes
+        num_images = 2 * self.batch_size * num_batches
         command = [sys.executable, "-m", "accelerate.commands.launch"]
-        command += ["--config_file", f"accelerate_configs/{config_file}", "--num_processes", num_processes]
+        command += ["--config_file", f"accelerate_configs/{config_file}", "--num_processes", 2]
         command += ["--num_cpu_threads_per_process", 1, "batch_generate.py", "--device", "cpu", "--user_ids", 1]
         command += [*model_flags(self.checkpoint), "--output_dir", output, "--mixed_precision", self.precision]
         command += ["--num_inference_steps", self.num_inference_steps, "--batch_size", self.batch_size]
         command += ["--num_images_per_user", num_images]
         started = time.time()
         done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False)
-        whole = num_images / (time.time() - started)
+        seconds = time.time() - started
         if done.returncode:
             sys.exit(done.stderr)
-        written = sorted(path.stat().st_mtime for path in output.glob("user_01/*.png"))
-        first = self.batch_size * num_processes  # each process's first batch
-        return Sample((num_images - first) / (written[-1] - written[first - 1]), whole)
+        first = min(path.stat().st_mtime for path in output.glob("user_01/*.png"))
+        return Launch(num_images, seconds, first - started)
 
 
-def contenders(bench: Bench) -> dict[str, Callable[[], Sample]]:
-    """Say what is compared; the original loop is always in float32, an image at a time."""
-    original = Bench(bench.folder, "no", bench.num_inference_steps, batch_size=1, num_batches=3)
-    return {
-        ORIGINAL: lambda: original.alone("original"),
-        PIPELINE: lambda: bench.alone("pipeline"),
-        JOB: lambda: bench.job("cpu.yaml"),
-        FLOOR: lambda: bench.alone("floor", num_processes=2),
-        JOB_COMPILED: lambda: bench.job("cpu_compiled.yaml"),
-        FLOOR_COMPILED: lambda: bench.alone("floor", COMPILED, num_processes=2),
-        ONE_PROCESS: lambda: bench.job("cpu.yaml", num_processes=1),
-    }
+def launches(bench: Bench) -> dict[str, Launch]:
+    """Run whole jobs."""
+    jobs = {"eager": "cpu.yaml", "compiled, cold": "cpu_compiled.yaml", "compiled, warm": "cpu_compiled.yaml"}
+    results = {}
+    for name, config_file in jobs.items():
+        results[name] = bench.launch(config_file)
+        print(f"job, {name}: {results[name].seconds:.0f} s", file=sys.stderr, flush=True)
+    return results
 
 
-def compare(bench: Bench, rounds: int) -> dict[str, list[Sample]]:
-    """Run every contender in turn, as many times as there are rounds."""
-    runs = contenders(bench)
-    samples: dict[str, list[Sample]] = {name: [] for name in runs}
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(bench.folder / f"inductor-{bench.precision}")  # cold in the first round
-    for number in range(rounds):
-        print(f"precision {bench.precision}, round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-        for name, run in runs.items():
-            samples[name].append(run())
-            print(f"  {name}: {1 / samples[name][-1].steady:.2f} s an image", file=sys.stderr, flush=True)
-    return samples
+def take_turns(bench: Bench, rounds: int) -> dict[str, list[float]]:
+    """Let each contender compute a batch a round, after one to warm up: images per second."""
+    with ExitStack() as stack:
+        original = stack.enter_context(replace(bench, precision="no").contender("original", batch_size=1))
+        pipeline = stack.enter_context(bench.contender("pipeline"))
+        job = stack.enter_context(bench.contender("job", num_processes=2))
+        compiled = stack.enter_context(bench.contender("job", num_processes=2, env=COMPILED))
+        for contender in (original, pipeline, job, compiled):
+            contender.compute()
+        turns = {
+            ORIGINAL: original.compute,
+            PIPELINE: pipeline.compute,
+            JOB: job.compute,
+            FLOOR: lambda: job.compute("floor"),
+            JOB_COMPILED: compiled.compute,
+            FLOOR_COMPILED: lambda: compiled.compute("floor"),
+            ONE_PROCESS: lambda: job.compute(num_processes=1),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in turns}
+        for number in range(rounds):
+            for name, turn in turns.items():
+                rates[name].append(turn()[0])
+            of_round = ", ".join(f"{name} {1 / rates[name][-1]:.2f}" for name in turns)
+            print(f"round {number + 1} of {rounds}, s an image: {of_round}", file=sys.stderr, flush=True)
+    return rates
 
 
-def table(samples: Mapping[str, Sequence[Sample]], precision: str) -> str:
-    """Make a Markdown table of the medians, and say which targets they meet."""
-    steady = {name: statistics.median(sample.steady for sample in of) for name, of in samples.items()}
-    lines = [
-        f"| precision {precision}; seconds an image | steady | whole run, cold | whole run, warm | x original | x pipeline |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, of in samples.items():
-        whole = [sample.whole for sample in of if sample.whole]
-        cold, warm = (f"{1 / statistics.median(part):.2f}" if part else "" for part in (whole[:1], whole[1:]))
-        ratios = f"{steady[name] / steady[ORIGINAL]:.2f} | {steady[name] / steady[PIPELINE]:.2f}"
-        lines.append(f"| {name} | {1 / steady[name]:.2f} | {cold} | {warm} | {ratios} |")
+def tables(whole: Mapping[str, Launch], rates: Mapping[str, Sequence[float]], precision: str) -> str:
+    """Make Markdown tables, of medians, and say which targets they meet."""
+    steady = {name: statistics.median(of) for name, of in rates.items()}
+    lines = [f"| precision {precision} | s an image | x original | x pipeline |", "|---|---|---|---|"]
+    for name, rate in steady.items():
+        lines.append(f"| {name} | {1 / rate:.2f} | {rate / steady[ORIGINAL]:.2f} | {rate / steady[PIPELINE]:.2f} |")
+    lines += ["", "| whole job | images | seconds | to the first image |", "|---|---|---|---|"]
+    for name, job in whole.items():
+        lines.append(f"| {name} | {job.num_images} | {job.seconds:.0f} | {job.seconds_to_first_image:.0f} |")
     for of_precision, name, against, at_least in TARGETS:
         if of_precision == precision:
             ratio = steady[name] / steady[against]
             verdict = "met" if ratio >= at_least else "MISSED"
-            lines.append(f"\n{name} : {against} = {ratio:.2f}, target {at_least}: {verdict}")
+            lines.append(f"\n{name} : {against} = {ratio:.3f}, target {at_least}: {verdict}")
     return "\n".join(lines)
 
 
-def by_batch_size(folder: Path, args: argparse.Namespace) -> None:
-    """Print rate and memory of the floor, two processes, by batch size."""
+def by_batch_size(bench: Bench, batch_sizes: Sequence[int], rounds: int) -> None:
+    """Print rate and memory by batch size, of two processes that take turns with those of other sizes."""
+    with ExitStack() as stack:
+        jobs = [stack.enter_context(bench.contender("job", 2, batch_size=size)) for size in batch_sizes]
+        found = [[job.compute()] for job in jobs]
+        for _ in range(rounds):
+            for job, of in zip(jobs, found, strict=True):
+                of.append(job.compute())
     print("| batch size | s an image | peak memory of a process, MiB |\n|---|---|---|")
-    for size in args.batch_sizes:
-        bench = Bench(folder, args.precisions[0], args.num_inference_steps, size, args.num_batches)
-        sample = bench.alone("floor", num_processes=2)
-        print(f"| {size} | {1 / sample.steady:.2f} | {sample.peak_mib:.0f} |", flush=True)
+    for size, of in zip(batch_sizes, found, strict=True):
+        rate = statistics.median(rate for rate, _ in of[1:])
+        print(f"| {size} | {1 / rate:.2f} | {max(peak for _, peak in of):.0f} |", flush=True)
 
 
 def has_bf16() -> bool:
@@ -177,10 +212,9 @@ def has_bf16() -> bool:
 def main() -> None:
     """Measure, print the tables, write the samples."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=1, help="medians of more are steadier")
+    parser.add_argument("--rounds", type=int, default=3, help="medians of more are steadier")
     parser.add_argument("--num_inference_steps", type=int, default=20)
-    parser.add_argument("--batch_size", type=int, default=4, help="of the job, its floor and the pipeline")
-    parser.add_argument("--num_batches", type=int, default=2, help="of each process; the first is not counted")
+    parser.add_argument("--batch_size", type=int, default=4, help="of the job and the pipeline")
     parser.add_argument("--precisions", nargs="+", default=["no", *(["bf16"] if has_bf16() else [])])
     parser.add_argument("--batch_sizes", type=int, nargs="+", help="measure these instead")
     parser.add_argument("--json", type=Path)
@@ -192,19 +226,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_checkpoint(folder / "checkpoint")
-        if args.batch_sizes:
-            return by_batch_size(folder, args)
         for precision in args.precisions:
-            samples = compare(
-                Bench(folder, precision, args.num_inference_steps, args.batch_size, args.num_batches), args.rounds
-            )
-            print(f"\n{table(samples, precision)}\n", flush=True)
-            results[precision] = {name: [asdict(sample) for sample in of] for name, of in samples.items()}
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"inductor-{precision}")  # cold at first
+            bench = Bench(folder, precision, args.num_inference_steps, args.batch_size)
+            if args.batch_sizes:
+                by_batch_size(bench, args.batch_sizes, args.rounds)
+                continue
+            whole = launches(bench)
+            rates = take_turns(bench, args.rounds)
+            print(f"\n{tables(whole, rates, precision)}\n", flush=True)
+            results[precision] = {"whole": {name: asdict(job) for name, job in whole.items()}, "rates": rates}
     if "bf16" not in args.precisions:
         print("bf16 was left out: this CPU has no instructions for it; --precisions bf16 measures it all the same")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
-    return None
 
 
 if __name__ == "__main__":
