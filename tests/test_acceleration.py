@@ -12,6 +12,8 @@ from tests.jobs import finish, launch, run_job, tree
 from tests.oracle import assert_parity, oracle_image
 from userdiff import sampling
 from userdiff.acceleration import Compilation, token_vectors, use_single_token
+from userdiff.config import parse_args
+from userdiff.loading import load_model
 from userdiff.models import ddim_scheduler, load_noise_scheduler
 
 SHAPES = {
@@ -111,6 +113,21 @@ def test_a_frozen_graph_draws_each_user_their_own():
         for user in range(3):
             tokens = torch.randn((3, 1, 16), generator=torch.Generator().manual_seed(user))
             assert relative_error(draw(fast, token_vectors(fast, tokens)), draw(plain, tokens)) < 1e-5
+
+
+def test_blocks_that_are_alike_are_compiled_once(checkpoint, tmp_path):
+    """What differs from block to block, frozen weights or a slice of vectors, would compile each, and none after eight."""
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+
+    job = parse_args([*model_flags(checkpoint), "--output_dir", str(tmp_path / "out")])
+    with config.patch(freezing=True), torch.inference_mode():
+        regional = Compilation(options={"backend": "eager", "dynamic": False}, is_regional=True)
+        unet = load_model(job, torch.device("cpu"), "no", regional).unet
+        counters.clear()
+        draw(unet, token_vectors(unet, torch.randn(3, 1, 16)))
+    assert sum(type(module).__name__ == "BasicTransformerBlock" for module in unet.modules()) == 4
+    assert counters["stats"]["unique_graphs"] == 2  # of 8 channels, and of 16
 
 
 def test_compiled_launches_make_the_same_bytes(checkpoint, tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ class Compilation:
     options: Mapping[str, Any]
     """Those of `torch.compile`, the backend among them."""
     is_regional: bool = False
-    """Only the UNet's transformer blocks, which are alike: less to compile, and less gained."""
+    """Only the UNet's transformer blocks, which are alike: less to compile, and less gained; on a CPU, nothing."""
 
     def __post_init__(self) -> None:
         if "max-autotune" in self.options.get("mode", ""):
@@ -88,10 +88,14 @@ class Compilation:
         return ", ".join(name for name in chosen if name)
 
     def apply(self, unet: "UNet2DConditionModel", vae: "AutoencoderKL") -> None:
-        """Have these models compiled. On a CPU their weights become constants of the graph, laid out for its kernels."""
+        """Have these models compiled.
+
+        On a CPU their weights become constants of the graph, laid out for its kernels, without which nothing is gained;
+        but blocks that are alike differ in their weights and would not share a graph.
+        """
         from torch._inductor import config  # slow to import
 
-        config.freezing = unet.device.type == "cpu"
+        config.freezing = unet.device.type == "cpu" and not self.is_regional
         if self.is_regional:
             unet.compile_repeated_blocks(**self.options)
         else:

@@ -92,7 +92,8 @@ def load_model(
             "conditioning": (trained, "trained"),
         },
     )
-    use_single_token(unet)
+    if not (compilation and compilation.is_regional):  # layers that differ in their slice would not share a graph
+        use_single_token(unet)
     vae_precision = "no" if precision == "fp16" and vae.config.force_upcast else precision
     unet, vae = _place(unet, device, precision), _place(vae, device, vae_precision)
     if compilation:
