@@ -100,11 +100,11 @@ def job(args: argparse.Namespace) -> None:
     runner.set_kernels(allow_tf32=False)
     model = load_model(config, torch.device("cpu"), args.mixed_precision, runner.compilation())
     size, at_once = args.batch_size, min(DECODED_AT_ONCE, args.batch_size)
-    noise = torch.randn(size, 4, LATENTS, LATENTS).contiguous(memory_format=torch.channels_last)
     users = torch.arange(size) % NUM_USERS
 
     @torch.inference_mode()
     def floor() -> None:
+        noise = torch.randn(size, 4, LATENTS, LATENTS).contiguous(memory_format=torch.channels_last)
         vectors = token_vectors(model.unet, model.condition_encoder(users).unsqueeze(1))
         for step in range(args.num_inference_steps):
             model.unet(noise.to(model.unet.dtype), torch.tensor(1000 - step), vectors, return_dict=False)

@@ -95,6 +95,8 @@ class Compilation:
         """
         from torch._inductor import config  # slow to import
 
+        if hasattr(config, "deterministic"):  # since torch 2.10
+            config.deterministic = True  # no kernel is chosen by timing
         config.freezing = unet.device.type == "cpu" and not self.is_regional
         if self.is_regional:
             unet.compile_repeated_blocks(**self.options)
