@@ -56,7 +56,8 @@ def launch(
 
 
 def start(command: Sequence[str], cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    path = [environment.pop("PYTHONPATH", str(ROOT)), str(ROOT / "tests" / "startup")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment}
     return subprocess.Popen(
         [str(part) for part in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

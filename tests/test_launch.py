@@ -174,21 +174,6 @@ def test_the_original_command_line_works_with_the_scripts_name_changed(checkpoin
     assert {folder.name for folder in (tmp_path / "O").glob("user_*")} == {"user_01", "user_05", "user_10", "user_15"}
 
 
-def test_the_module_can_be_launched_from_anywhere(flags, reference, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        ROOT / "accelerate_configs/cpu.yaml",
-    ]
-    command += ["--num_cpu_threads_per_process", "1", "-m", "userdiff", "generate", "--device", "cpu"]
-    command += [*map(str, flags), "--output_dir", tmp_path / "out"]
-    status, _, stderr = finish(start(command, cwd=tmp_path))
-    assert status == 0, stderr
-    assert tree(tmp_path / "out") == reference
-
-
 def test_help_is_there_without_torch():
     script = (
         "import sys, userdiff.cli as c\ntry: c.generate(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from userdiff.conditioning import UserConditionEncoder
-    from userdiff.config import JobConfig, UsageError
+    from userdiff.config import JobConfig, UsageError, parse_args
+    from userdiff.loading import load_model
     from userdiff.planning import item_seed
+    from userdiff.reproducing import make_image
     from userdiff.training import generate_samples
 
 __version__ = "0.1.0"
@@ -21,8 +23,21 @@ _HOMES = {
     "UserConditionEncoder": "conditioning",
     "generate_samples": "training",
     "item_seed": "planning",
+    "load_model": "loading",
+    "make_image": "reproducing",
+    "parse_args": "config",
 }
-__all__ = ["JobConfig", "UsageError", "UserConditionEncoder", "__version__", "generate_samples", "item_seed"]
+__all__ = [
+    "JobConfig",
+    "UsageError",
+    "UserConditionEncoder",
+    "__version__",
+    "generate_samples",
+    "item_seed",
+    "load_model",
+    "make_image",
+    "parse_args",
+]
 
 
 def __getattr__(name: str) -> Any:

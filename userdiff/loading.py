@@ -21,6 +21,7 @@ from userdiff.record import identity_hash, make_identity
 from userdiff.sampling import latents_shape
 
 MAX_JOB_IMAGES = 10**8  # the plan of so many takes gigabytes
+_CPU = torch.device("cpu")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -61,9 +62,15 @@ class JobModel:
 
 
 def load_model(
-    config: JobConfig, device: torch.device, precision: str, compilation: Compilation | None = None
+    config: JobConfig,
+    device: torch.device = _CPU,
+    precision: str = "no",
+    compilation: Compilation | None = None,
 ) -> JobModel:
-    """Load and check everything the pixels come from; raises UsageError naming the flag of what is wrong."""
+    """Load and check everything the pixels come from; raises UsageError naming the flag of what is wrong.
+
+    precision: `no` (float32), `fp16` or `bf16`.
+    """
     user_index = _user_index(config)
     _check_precision(precision, device)
     with errors_of("--scheduler_path"):
@@ -75,23 +82,13 @@ def load_model(
         unet = models.load_unet(config.unet_path)
         models.check_agreement(vae, unet)
     encoder, trained = _load_condition_encoder(config, unet.config.cross_attention_dim)
-    identity = make_identity(
-        {
-            "vae": {"weights": models.content_hash(vae.state_dict()), "config": models.config_values(vae)},
-            "unet": {"weights": models.content_hash(unet.state_dict()), "config": models.config_values(unet)},
-            "condition_encoder": models.content_hash(encoder.state_dict()),
-            "noise_schedule": models.config_values(scheduler),
-            "user_index": user_index,
-            "seed": config.seed,
-            "num_inference_steps": config.num_inference_steps,
-        },
-        {
-            "eta": (float(config.eta), 0.0),
-            "mixed_precision": (precision, "no"),
-            "vae_output_range": (config.vae_output_range, "unit"),
-            "conditioning": (trained, "trained"),
-        },
-    )
+    contents = {
+        "vae": {"weights": models.content_hash(vae.state_dict()), "config": models.config_values(vae)},
+        "unet": {"weights": models.content_hash(unet.state_dict()), "config": models.config_values(unet)},
+        "condition_encoder": models.content_hash(encoder.state_dict()),
+        "noise_schedule": models.config_values(scheduler),
+        "user_index": user_index,
+    }
     if not (compilation and compilation.is_regional):  # layers that differ in their slice would not share a graph
         use_single_token(unet)
     vae_precision = "no" if precision == "fp16" and vae.config.force_upcast else precision
@@ -107,8 +104,19 @@ def load_model(
         conditioning=trained,
         device=device,
         compiled=str(compilation or "no"),
-        identity=identity,
+        identity=_identity(config, contents, precision, trained),
     )
+
+
+def _identity(config: JobConfig, contents: dict[str, Any], precision: str, conditioning: str) -> dict[str, Any]:
+    required = {**contents, "seed": config.seed, "num_inference_steps": config.num_inference_steps}
+    optional = {
+        "eta": (float(config.eta), 0.0),
+        "mixed_precision": (precision, "no"),
+        "vae_output_range": (config.vae_output_range, "unit"),
+        "conditioning": (conditioning, "trained"),
+    }
+    return make_identity(required, optional)
 
 
 def _place(module: torch.nn.Module, device: torch.device, precision: str) -> Any:

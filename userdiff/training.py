@@ -34,6 +34,7 @@ def generate_samples(
 ) -> Tensor:
     """Sample images of users from the models as they are now, with the noise the batch job would give them.
 
+    unet, condition_encoder, vae: the models themselves; of those that accelerate prepared, `accelerator.unwrap_model`.
     noise_scheduler: the training loop's own; sampling uses DDIM on its schedule.
     user_index: user id -> row of the embedding; `user_id - 1` where it is not given.
     Returns [len(user_ids) * num_images_per_user, height, width, channels] uint8 on the CPU, user by user, images 0,
@@ -69,12 +70,12 @@ def generate_samples(
 
 @contextmanager
 def _eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
-    """Put modules in eval mode (dropout off) for a while, then each back into the mode it was in."""
-    modes = [(module, module.training) for module in modules]
+    """Put modules in eval mode (dropout off) for a while, then each, and each part of it, back into the mode it was in."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()
     try:
         yield
     finally:
-        for module, was_training in modes:
-            module.train(was_training)
+        for part, was_training in modes:
+            part.training = was_training

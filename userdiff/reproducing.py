@@ -1,0 +1,70 @@
+"""One image of a dataset, made again: what a notebook calls."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from userdiff import computing
+from userdiff.config import DEFAULT_BATCH_SIZE, MAX_IMAGES_PER_USER, JobConfig, format_ids
+from userdiff.images import encode_png
+from userdiff.loading import JobModel
+from userdiff.manifest import Item, Recipe
+from userdiff.planning import seats
+from userdiff.record import RunRecord, differences
+
+
+def make_image(config: JobConfig, model: JobModel, user_id: int, image_index: int) -> bytes:
+    """Make one image as the job would: the bytes of its PNG file, text chunks included.
+
+    config, model: `parse_args` of the job's flags, and `load_model` of that. The batch size is the one of the flags,
+    else the one that the folder `--output_dir` began with, else 16; the rest of the batch is padding, so this takes as
+    long as a whole batch. The bytes are the same where what `numerics` in `run.json` notes is the same: on a CPU, call
+    `torch.set_num_threads` with its `threads_per_process` first.
+
+    Raises ValueError for a user the model does not have, an image_index below 0 or above 2^32 - 1, a folder whose images
+    were made with another model or other settings, and an image that is not finite; Failed where the batch does not fit
+    into memory. Leaves the global generators and torch's settings as they were.
+    """
+    if user_id not in model.user_index:
+        raise ValueError(f"user_id: {user_id!r} is unknown, this model has users {format_ids(model.user_index)}")
+    if not 0 <= image_index < MAX_IMAGES_PER_USER:
+        raise ValueError(f"image_index: {image_index!r} is out of range, needed: 0 to {MAX_IMAGES_PER_USER - 1}")
+    item = (int(user_id), int(image_index))  # of a table they may be numpy's
+    with _job_kernels(config.allow_tf32):
+        batch = computing.start(config, model, _batch_of(item, _batch_size(config, model)))
+        batch.wait()
+    ((_, pixels),) = batch.images()
+    if pixels is None:
+        raise ValueError(f"image {image_index} of user {user_id} is not finite, the job saves none such")
+    return encode_png(pixels, Recipe.of(model.identity, model.run).text_chunks(*item))
+
+
+def _batch_size(config: JobConfig, model: JobModel) -> int:
+    record = RunRecord.read(config.output_dir)
+    if record and record.run != model.run:
+        names = ", ".join(name for name, _, _ in differences(record.identity, model.identity))
+        raise ValueError(f"--output_dir: {config.output_dir} holds images made otherwise, with another {names}")
+    return int(config.batch_size or (record.numerics["batch_size"] if record else DEFAULT_BATCH_SIZE))
+
+
+def _batch_of(item: Item, batch_size: int) -> list[Item | None]:
+    """Seat one image as every batch of the job does, among padding."""
+    user_id, image_index = (np.array([number], dtype=np.int64) for number in item)
+    batch: list[Item | None] = [None] * batch_size
+    batch[int(seats(user_id, image_index, batch_size)[0])] = item
+    return batch
+
+
+@contextmanager
+def _job_kernels(allow_tf32: bool) -> Iterator[None]:
+    """Choose between kernels as a job does, for a while."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = allow_tf32
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=allow_tf32):
+            yield
+    finally:
+        matmul.allow_tf32 = before
