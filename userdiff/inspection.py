@@ -1,0 +1,293 @@
+"""Is it the right user, and is it any good: figures of a finished dataset that need no classifier."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from userdiff import manifest
+from userdiff.audit import IMAGE_SUFFIXES
+from userdiff.likeness import NEAR, Likeness, likeness, nearest
+from userdiff.manifest import Row, Track
+
+COPY_DIFFERENCE = 0.1  # the closest two of 4,400 handwritten digits have 0.11, noise of 4 levels makes 0.04
+FLAT_CONTRAST = 2.0  # levels of 255
+ODD_SPREADS = 5.0  # from the median of a user's images
+ODD_IMAGES = 8  # fewer have no spread to speak of
+COMPARED = 100_000  # images that are compared with each other; more are thinned out evenly
+REAL = 100  # real images of each user that are compared with
+LISTED = 5  # worst cases of a kind
+
+SIDE = 16  # pixels of the small pictures that are compared
+_LEVELS = 32  # of a small picture's values to one standard deviation
+_LOOK = np.dtype(
+    [
+        ("row", "i8"),
+        ("user", "i8"),
+        ("pixels", "u8"),  # a hash of them: equal for equal pixels only
+        ("brightness", "f8"),  # the mean of all values, in levels of 255
+        ("contrast", "f8"),  # their standard deviation, of the channel that varies most
+        ("small", "i1", SIDE * SIDE),  # the picture in grey, small, without its brightness and contrast
+    ]
+)
+_ENDS_IN_ID = re.compile(r".*?0*([1-9]\d*)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UserFigures:
+    """What is said of one user."""
+
+    user_id: int
+    num_images: int
+    """That could be read."""
+    num_flat: int
+    num_odd: int
+    num_copies: int
+    """Images with a near-copy among the user's others."""
+    num_shared: int
+    """Images with a near-copy among the images of other users."""
+    brightness: tuple[float, float]
+    """Mean and standard deviation over the user's images, in levels of 255."""
+    contrast: tuple[float, float]
+    generated: Likeness | None
+    """To the dataset's own images; None where there is nothing to compare with."""
+    real: Likeness | None
+    """To real images, where these were given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two images that are alike."""
+
+    difference: float
+    """Root mean square over the small pictures, in standard deviations of their values: 0.1 is a correlation of 0.995."""
+    has_same_pixels: bool
+    names: tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Oddity:
+    """An image and the figure it stands out by."""
+
+    value: float
+    name: str
+    what: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What is said of a dataset."""
+
+    num_images: int
+    """That could be read."""
+    num_compared: int
+    """Of them, for copies."""
+    damaged: list[str]
+    users: list[UserFigures]
+    closest_within: list[Pair]
+    closest_across: list[Pair]
+    flattest: list[Oddity]
+    oddest: list[Oddity]
+
+
+def inspect(output_dir: Path, real_dir: Path | None = None, track: Track = manifest.untracked) -> Report:
+    """Read the images of a manifest and compare them; raises ValueError where there are none.
+
+    real_dir: real images to compare with, in folders whose names end in a user's id.
+    """
+    rows = _rows(output_dir)
+    real_files = _real_files(real_dir) if real_dir else []
+    names = [row.file_name for row in rows]
+    users = [row.user_id for row in rows]
+    looks = _look_at_all([output_dir / name for name in names], users, track)
+    damaged = sorted(set(range(len(rows))) - set(looks["row"].tolist()))
+    if not len(looks):
+        raise ValueError(f"{output_dir}: none of {len(rows)} images can be read, the first is {names[0]}")
+    real = _look_at_all([path for _, path in real_files], [user_id for user_id, _ in real_files], track)
+    if real_dir and not len(real):
+        raise ValueError(f"--real: none of the {len(real_files)} images in {real_dir} can be read")
+    compared = _thinned(looks[looks["contrast"] >= FLAT_CONTRAST])
+    near = _near(compared, track)
+    to_real = likeness(compared["user"], _near(compared, track, real), real["user"]) if real_dir else {}
+    oddness = _oddness(looks)
+    return Report(
+        num_images=len(looks),
+        num_compared=len(compared),
+        damaged=[names[i] for i in damaged],
+        users=_user_figures(looks, compared, near, oddness, to_real),
+        closest_within=_pairs(compared, near, "own", names),
+        closest_across=_pairs(compared, near, "other", names),
+        flattest=_flattest(looks, names),
+        oddest=_oddest(looks, oddness, names),
+    )
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def _rows(output_dir: Path) -> list[Row]:
+    rows = {(row.user_id, row.image_index): row for row in manifest.read_rows(output_dir / manifest.MANIFEST_NAME)}
+    if not rows:
+        has_parts = bool(manifest.part_paths(output_dir))
+        where = "; an interrupted run's rows are in part files, `userdiff merge` first" * has_parts
+        raise ValueError(f"{output_dir} holds no {manifest.MANIFEST_NAME} with images in it{where}")
+    return [rows[item] for item in sorted(rows)]
+
+
+def _real_files(real_dir: Path) -> list[tuple[int, Path]]:
+    """Find (user id, file) of real images, sorted, REAL of each user at most."""
+    if not real_dir.is_dir():
+        raise ValueError(f"--real: {real_dir} is not a folder")
+    folders: dict[int, Path] = {}
+    for folder in sorted(real_dir.iterdir()):
+        match = _ENDS_IN_ID.fullmatch(folder.name)
+        if match and folder.is_dir():
+            user_id = int(match[1])
+            if user_id in folders:
+                raise ValueError(f"--real: {folders[user_id].name} and {folder.name} both end in {user_id}")
+            folders[user_id] = folder
+    files = []
+    for user_id, folder in sorted(folders.items()):
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        files += [(user_id, found[i]) for i in _spread(len(found), REAL)]
+    if not files:
+        raise ValueError(f"--real: {real_dir} holds no images in folders whose names end in a user's id, as user_07")
+    return files
+
+
+def _look_at_all(paths: Sequence[Path], users: Sequence[int], track: Track) -> NDArray[np.void]:
+    """Read images with several threads, keeping of each what _LOOK says; those that cannot be read are left out."""
+    looks = np.zeros(len(paths), _LOOK)
+    is_read = np.zeros(len(paths), bool)
+    found = manifest.read_all(_look_at, paths)
+    for i, (user_id, look) in enumerate(zip(users, track(found, len(paths)), strict=True)):
+        if look is not None:
+            looks[i], is_read[i] = (i, user_id, *look), True
+    return looks[is_read]
+
+
+def _look_at(path: Path) -> tuple[Any, ...] | None:
+    try:
+        with Image.open(path) as opened:
+            picture = opened if opened.mode in {"L", "RGB", "RGBA"} else opened.convert("RGB")
+            pixels = np.asarray(picture)
+            grey = picture.convert("L")
+    except Exception:  # Pillow has many words for a broken image
+        return None
+    channels = pixels.reshape(pixels.shape[0] * pixels.shape[1], -1).astype(np.float32)
+    digest = hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
+    brightness, contrast = channels.mean(dtype=float), channels.std(axis=0, dtype=float).max()
+    return int.from_bytes(digest, "big"), brightness, contrast, _small(grey)
+
+
+def _small(grey: Image.Image) -> NDArray[np.int8]:
+    """Make the small picture: 0 is its mean, _LEVELS a standard deviation of its values."""
+    values = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX)).astype(float).ravel()
+    scaled = (values - values.mean()) / max(values.std(), 1e-9) * _LEVELS
+    return np.clip(np.round(scaled), -127, 127).astype(np.int8)
+
+
+def _spread(number: int, limit: int) -> list[int]:
+    """Choose `limit` of so many indices, evenly; all, where there are no more."""
+    return np.linspace(0, number - 1, min(number, limit)).round().astype(int).tolist()
+
+
+# Figures -------------------------------------------------------------------------------------------------------------
+
+
+def _thinned(looks: NDArray[np.void]) -> NDArray[np.void]:
+    return looks[_spread(len(looks), COMPARED)]
+
+
+def _near(looks: NDArray[np.void], track: Track, others: NDArray[np.void] | None = None) -> NDArray[np.void]:
+    """Find the nearest small pictures, as NEAR says, among the same or other images."""
+    vectors = () if others is None else (others["small"], others["user"])
+    found = nearest(looks["small"], looks["user"], *vectors)
+    return np.fromiter(track(found, len(looks)), NEAR, count=len(looks))
+
+
+def _user_figures(
+    looks: NDArray[np.void],
+    compared: NDArray[np.void],
+    near: NDArray[np.void],
+    oddness: NDArray[np.float64],
+    to_real: Mapping[int, Likeness],
+) -> list[UserFigures]:
+    generated = likeness(compared["user"], near)
+    figures = []
+    for user_id in np.unique(looks["user"]).tolist():
+        is_user = looks["user"] == user_id
+        of_user, of_user_near = looks[is_user], near[compared["user"] == user_id]
+        figures.append(
+            UserFigures(
+                user_id=user_id,
+                num_images=len(of_user),
+                num_flat=int((of_user["contrast"] < FLAT_CONTRAST).sum()),
+                num_odd=int((oddness[is_user].max(axis=1) > ODD_SPREADS).sum()),
+                num_copies=int((_differences(of_user_near, "own") <= COPY_DIFFERENCE).sum()),
+                num_shared=int((_differences(of_user_near, "other") <= COPY_DIFFERENCE).sum()),
+                brightness=(float(of_user["brightness"].mean()), float(of_user["brightness"].std())),
+                contrast=(float(of_user["contrast"].mean()), float(of_user["contrast"].std())),
+                generated=generated.get(user_id),
+                real=to_real.get(user_id),
+            )
+        )
+    return figures
+
+
+def _differences(near: NDArray[np.void], which: str) -> NDArray[np.float64]:
+    """Give how much the nearest differ, as Pair says; infinity where there is none. `which`: `own` or `other`."""
+    return np.sqrt(near[f"{which}_distance"]) / (SIDE * _LEVELS)
+
+
+def _pairs(looks: NDArray[np.void], near: NDArray[np.void], which: str, names: Sequence[str]) -> list[Pair]:
+    """List the closest pairs, each once; `which`: `own` or `other`, as in NEAR."""
+    differences = _differences(near, which)
+    pairs: dict[tuple[int, int], Pair] = {}
+    for i in np.argsort(differences, kind="stable").tolist():
+        if len(pairs) == LISTED or differences[i] == np.inf:
+            break
+        first, second = sorted((i, int(near[which][i])))
+        has_same_pixels = bool(looks["pixels"][first] == looks["pixels"][second])
+        both = (names[looks["row"][first]], names[looks["row"][second]])
+        pairs.setdefault((first, second), Pair(float(differences[i]), has_same_pixels, both))
+    return list(pairs.values())
+
+
+def _oddness(looks: NDArray[np.void]) -> NDArray[np.float64]:
+    """Tell how far brightness and contrast are from their user's median: [n, 2], in robust standard deviations.
+
+    A spread below one level counts as one: among images that are all alike, the slightest difference is not odd.
+    """
+    values = np.stack([looks["brightness"], looks["contrast"]], axis=1)
+    oddness = np.zeros_like(values)
+    for user_id in np.unique(looks["user"]):
+        is_user = looks["user"] == user_id
+        if is_user.sum() >= ODD_IMAGES:
+            away = np.abs(values[is_user] - np.median(values[is_user], axis=0))
+            oddness[is_user] = away / np.maximum(1.4826 * np.median(away, axis=0), 1)
+    return oddness
+
+
+def _flattest(looks: NDArray[np.void], names: Sequence[str]) -> list[Oddity]:
+    lowest = np.argsort(looks["contrast"], kind="stable")[:LISTED].tolist()
+    return [Oddity(float(looks["contrast"][i]), names[looks["row"][i]]) for i in lowest]
+
+
+def _oddest(looks: NDArray[np.void], oddness: NDArray[np.float64], names: Sequence[str]) -> list[Oddity]:
+    """List what is odd, oddest first, with what it is odd in."""
+    most = oddness.max(axis=1)
+    listed = []
+    for i in np.argsort(-most, kind="stable")[:LISTED].tolist():
+        if most[i] > ODD_SPREADS:
+            what = ("brightness", "contrast")[int(oddness[i].argmax())]
+            usual = float(np.median(looks[what][looks["user"] == looks["user"][i]]))
+            described = f"{what} {looks[what][i]:.0f}, its user's median {usual:.0f}"
+            listed.append(Oddity(float(most[i]), names[looks["row"][i]], described))
+    return listed
