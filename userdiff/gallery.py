@@ -1,45 +1,135 @@
 """`preview.html`: a page that shows a dataset at a glance; and the same as one picture."""
 
+import base64
+import hashlib
 import html
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 
+from userdiff import images, manifest
+from userdiff.facts import count, facts, notices
 from userdiff.manifest import Row
+from userdiff.record import RunRecord
+from userdiff.thumbnails import Thumbnail, make_thumbnail
 
 PREVIEW_NAME = "preview.html"
-IMAGES_SHOWN = 20  # of each user: a page that opens at once, however large the dataset
+IMAGES_SHOWN = 16  # of each user, its first
+USERS_SHOWN = 64
+PAGE_BYTES = 5_000_000  # at most: a page that opens at once, and can be sent by mail
 
+_IMAGE_BYTES = 4_700_000  # of those for the images; the rest is far more than all else takes
+_TAG_BYTES = 400  # of those of an image for what is said of it, about
 _GAP = 4  # pixels between the images of a picture
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; background: #fafafa; color: #222 }}
-h2 {{ font-size: 1rem; margin: 1.2rem 0 .3rem }}
-img {{ width: 96px; margin: 0 4px 4px 0; image-rendering: pixelated }}
-</style>
-<h1>{title}</h1>
-{users}
-</html>
-"""
+
+# The page ------------------------------------------------------------------------------------------------------------
 
 
-def preview_page(name: str, rows: Sequence[Row]) -> str:
-    """Make the page of a dataset called `name`: the first images of every user, in the order of the manifest."""
-    users = "\n".join(_user_section(user_id, list(group)) for user_id, group in groupby(rows, lambda row: row.user_id))
-    return _PAGE.format(title=html.escape(f"{name}: {len(rows)} images"), users=users)
+def preview_page(
+    output_dir: Path, rows: Sequence[Row], run_record: RunRecord | None = None, ended: datetime | None = None
+) -> bytes:
+    """Make the page of a dataset: the first images of its first users, and what its record tells of them.
+
+    The page needs no other file, takes PAGE_BYTES at most, and says how much it does not show. It names no path but
+    those of the images, relative to it. An image that cannot be read is shown as such; nothing a folder or a record
+    holds makes this fail.
+
+    rows: in the order of the manifest.
+    ended: when the record's last run ended, where that is now and its entry does not say so yet.
+    """
+    users: dict[int, list[Row]] = {}
+    for row in rows:
+        users.setdefault(row.user_id, []).append(row)
+    template = files("userdiff").joinpath("preview_template.html").read_text(encoding="utf-8")
+    told = facts(run_record, ended) if run_record else ()
+    values = {
+        "policy": _policy(template),
+        "name": _escape(output_dir.resolve().name or "dataset"),
+        "summary": _escape(_summary(rows, len(users))),
+        "notices": "\n".join(f'<p class="notice">{_escape(text)}</p>' for text in notices(rows, run_record, ended)),
+        "facts": "\n".join(f"<div><dt>{_escape(name)}</dt><dd>{_escape(text)}</dd></div>" for name, text in told),
+        "users": "\n".join(_user_sections(output_dir, list(users.items()))),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template).encode()
 
 
-def _user_section(user_id: int, rows: Sequence[Row]) -> str:
-    shown = rows[:IMAGES_SHOWN]
-    tags = "".join(
-        f'<img src="{row.file_name}" title="{row.file_name}, seed {row.seed}" loading="lazy">' for row in shown
+def _policy(template: str) -> str:
+    """Have the browser fetch nothing, and apply no style and run no script but the page's own."""
+    sources = {}
+    for tag in ("style", "script"):
+        content = template.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        sources[tag] = f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+    return (
+        f"default-src 'none'; img-src data:; style-src {sources['style']}; script-src {sources['script']}; "
+        "base-uri 'none'; form-action 'none'"
     )
-    count = f"{len(rows)} images" if len(shown) == len(rows) else f"first {len(shown)} of {len(rows)} images"
-    return f"<h2>user {user_id}, {count}</h2>\n<div>{tags}</div>"
+
+
+def _escape(text: str) -> str:
+    """Write text as HTML; a folder's name need not be UTF-8."""
+    return html.escape(text.encode(errors="replace").decode())
+
+
+def _summary(rows: Sequence[Row], num_users: int) -> str:
+    sizes = sorted({(row.width, row.height) for row in rows})
+    size = " to ".join(f"{width} x {height}" for width, height in dict.fromkeys([*sizes[:1], *sizes[-1:]]))
+    return f"{count(len(rows), 'image')} of {count(num_users, 'user')}" + (f", {size} pixels" if size else "")
+
+
+def _user_sections(output_dir: Path, users: Sequence[tuple[int, Sequence[Row]]]) -> Iterator[str]:
+    room = _IMAGE_BYTES
+    num_shown = sum(min(len(rows), IMAGES_SHOWN) for _, rows in users[:USERS_SHOWN])
+    max_bytes = (_IMAGE_BYTES // max(num_shown, 1) - _TAG_BYTES) * 3 // 4  # base64 makes four bytes of three
+
+    def thumbnail(row: Row) -> Thumbnail | None:
+        is_image = images.parse_file_name(row.file_name) == (row.user_id, row.image_index)  # and no path to elsewhere
+        return make_thumbnail(output_dir / row.file_name, max_bytes) if is_image else None
+
+    for user_id, rows in users[:USERS_SHOWN]:
+        shown, tags = rows[:IMAGES_SHOWN], []
+        for row, small in zip(shown, manifest.read_all(thumbnail, shown), strict=True):
+            tag = _image_tag(row, small)
+            if len(tag.encode()) <= room:
+                room -= len(tag.encode())
+                tags.append(tag)
+        if len(tags) < len(rows):
+            tags.append(f'<li class="more">and {len(rows) - len(tags)} more</li>')
+        yield _user_section(user_id, len(rows), tags)
+    if len(users) > USERS_SHOWN:
+        yield f'<p class="more">and {count(len(users) - USERS_SHOWN, "more user")}</p>'
+
+
+def _user_section(user_id: int, num_images: int, tags: Sequence[str]) -> str:
+    lines = [
+        f'<section class="user" id="user-{user_id}" data-user="{user_id}" aria-labelledby="name-{user_id}">',
+        f'<div><h2 id="name-{user_id}">User {user_id}</h2><p>{count(num_images, "image")}</p></div>',
+        '<ul role="list">',
+        *tags,
+        "</ul>",
+        "</section>",
+    ]
+    return "\n".join(lines)
+
+
+def _image_tag(row: Row, thumbnail: Thumbnail | None) -> str:
+    title = _escape(f"image {row.image_index}, seed {row.seed}, {row.file_name}")
+    if thumbnail is None:
+        return f'<li class="unreadable" title="{title}">image {row.image_index} cannot be read</li>'
+    look = 'class="enlarged" ' if thumbnail.is_enlarged else ""
+    return (
+        f'<li><a href="{quote(row.file_name)}"><img {look}width="{thumbnail.width}" height="{thumbnail.height}" '
+        f'alt="user {row.user_id}, image {row.image_index}" title="{title}" src="{thumbnail.source}"></a></li>'
+    )
+
+
+# The picture ---------------------------------------------------------------------------------------------------------
 
 
 def contact_sheet(output_dir: Path, rows: Sequence[Row], columns: int, scale: int) -> Image.Image:

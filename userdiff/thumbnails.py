@@ -1,0 +1,69 @@
+"""Small copies of images, to be embedded in a page: few enough bytes, whatever the images are."""
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, features
+
+SIDE = 96  # pixels, of the longer one
+
+_LOSSY = "WEBP" if features.check("webp") else "JPEG"
+_QUALITIES = (90, 75, 60, 40, 20, 5)
+
+
+class Thumbnail(NamedTuple):
+    """A small copy of an image."""
+
+    source: str
+    """A `data:` URL."""
+    width: int
+    """On the page, in CSS pixels: the copy's own, or a multiple of it where that is small."""
+    height: int
+    is_enlarged: bool
+    """Whether it is a multiple."""
+
+
+def make_thumbnail(path: Path, max_bytes: int) -> Thumbnail | None:
+    """Make an image's small copy, at most SIDE pixels wide and high; None where the image cannot be read.
+
+    It is the best of some encodings that takes no more than `max_bytes`, or the smallest of them. An image that is
+    small itself is kept pixel for pixel, where `max_bytes` allows.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            small = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGBA")
+            is_whole = max(small.size) <= SIDE
+            small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
+            small.load()
+        kind, data = _encode(small, max_bytes, is_whole=is_whole)
+    except Exception:  # Pillow has many words for a broken PNG
+        return None
+    scale = max(SIDE // max(small.size), 1)
+    source = f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
+    return Thumbnail(source, small.width * scale, small.height * scale, is_enlarged=scale > 1)
+
+
+def _encode(image: Image.Image, max_bytes: int, *, is_whole: bool) -> tuple[str, bytes]:
+    smallest = "", b""
+    for kind, data in _encodings(image, is_whole=is_whole):
+        smallest = kind, data
+        if len(data) <= max_bytes:
+            break
+    return smallest
+
+
+def _encodings(image: Image.Image, *, is_whole: bool) -> Iterator[tuple[str, bytes]]:
+    """Encode an image, smaller each time: (format, data)."""
+    if is_whole:
+        yield "PNG", _saved(image, "PNG", optimize=True)
+    for quality in _QUALITIES:
+        yield _LOSSY, _saved(image if _LOSSY == "WEBP" else image.convert("RGB"), _LOSSY, quality=quality)
+
+
+def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
