@@ -12,7 +12,21 @@ import userdiff
 PACKAGE = Path(userdiff.__file__).parent
 SCRIPT = PACKAGE.parent / "batch_generate.py"
 
-TORCH_FREE = {"config", "planning", "images", "manifest", "record", "gallery", "audit", "halting"}
+TORCH_FREE = {
+    "config",
+    "planning",
+    "images",
+    "manifest",
+    "record",
+    "thumbnails",
+    "facts",
+    "gallery",
+    "audit",
+    "halting",
+    "likeness",
+    "inspection",
+    "findings",
+}
 STAGES = {
     *TORCH_FREE,
     "conditioning",
@@ -35,8 +49,13 @@ MAY_IMPORT = {
     "images": {"numpy", "PIL"},
     "manifest": {"numpy", "planning", "images"},
     "record": {"filelock"},
-    "gallery": {"PIL", "manifest", "record"},
+    "thumbnails": {"PIL"},
+    "facts": {"config", "manifest", "record"},
+    "gallery": {"PIL", "facts", "images", "manifest", "record", "thumbnails"},
     "audit": {"numpy", "config", "images", "manifest", "record"},
+    "likeness": {"numpy"},
+    "inspection": {"numpy", "PIL", "audit", "likeness", "manifest"},
+    "findings": {"inspection", "likeness"},
     "halting": set(),
     "conditioning": {"torch", "safetensors"},
     "models": {"torch", "diffusers"},
@@ -55,23 +74,37 @@ MAY_IMPORT = {
         "numpy",
         "torch",
     },
+    "reproducing": {
+        "computing",
+        "config",
+        "images",
+        "loading",
+        "manifest",
+        "planning",
+        "record",
+        "numpy",
+        "torch",
+    },
     "coordination": {"halting", "torch.distributed"},
     "console": {
         "config",
         "coordination",
+        "facts",
         "gallery",
         "halting",
         "images",
         "loading",
         "manifest",
         "planning",
+        "progress",
         "tqdm",
     },
+    "progress": {"tqdm"},
     "folder": {"config", "console", "coordination", "gallery", "halting", "images", "manifest", "planning", "record"},
-    "runner": {*STAGES, "console", "folder", "numpy", "PIL", "torch", "diffusers", "accelerate", "tqdm"},
-    "cli": {*TORCH_FREE, "coordination", "runner", "tqdm"},
+    "runner": {*STAGES, "console", "folder", "progress", "numpy", "PIL", "torch", "diffusers", "accelerate", "tqdm"},
+    "cli": {*TORCH_FREE, "coordination", "progress", "runner"},
 }
-LATE_IN_CLI = {"coordination", "runner", "tqdm"}  # inside the functions that need torch
+LATE_IN_CLI = {"coordination", "progress", "runner"}  # inside the functions that need torch
 
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SOURCES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in [*PACKAGE.rglob("*.py"), SCRIPT])
@@ -192,6 +225,9 @@ def test_the_public_names_are_those_a_user_needs():
         "__version__",
         "generate_samples",
         "item_seed",
+        "load_model",
+        "make_image",
+        "parse_args",
     }
 
 

@@ -56,7 +56,7 @@ def picture(path):
 def test_asking_for_fewer_says_what_lies_beyond_and_keeps_it(job, out, reference, capsys):
     assert run_job(*job, "--num_images_per_user", 2, "--user_ids", 2) == 0
     said = capsys.readouterr().out
-    assert "Plan: 2 images (1 users x 2), 2 already there" in said
+    assert "Plan: 2 images (1 user x 2), 2 already there" in said
     assert "Beyond this request: 13 images of users 1-5 are there too, and stay" in said
     assert tree(out) == tree(reference)
 

@@ -5,9 +5,8 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from userdiff.config import UsageError, parse_args
 from userdiff.halting import Halted, Stopped
@@ -61,6 +60,9 @@ def _make_parser() -> argparse.ArgumentParser:
         "--columns", type=int, default=10, help="images of each user in the picture (default: %(default)s)"
     )
     sub.add_argument("--scale", type=int, default=2, help="enlargement in the picture (default: %(default)s)")
+    sub = add(inspect, "is it the right user, and is it any good: copies, flat and odd images, who is most like whom")
+    sub.add_argument("--real", type=Path, help="folder of real images to compare with: a folder per user, as user_07")
+    sub.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser
 
 
@@ -120,9 +122,9 @@ def status(output_dir: Path) -> int:
 
 def verify(output_dir: Path, deep: bool = False) -> int:
     """Compare a dataset's rows with its files: what is missing, changed, unrecorded, unmerged or foreign."""
-    from userdiff import audit, record
+    from userdiff import audit, progress, record
 
-    problems = audit.verify(output_dir, deep=deep, track=_show_reading)
+    problems = audit.verify(output_dir, deep=deep, track=progress.show_reading)
     kinds = Counter(problem.kind for problem in problems)
     for kind in kinds:
         listed = [problem for problem in problems if problem.kind == kind]
@@ -141,16 +143,16 @@ def verify(output_dir: Path, deep: bool = False) -> int:
 
 def merge(output_dir: Path) -> int:
     """Put an interrupted run's part files into manifest.csv, as the next run would, without making the rest."""
-    from userdiff import audit, manifest
+    from userdiff import audit, manifest, progress
 
-    rows = audit.merge(output_dir, track=_show_reading)
+    rows = audit.merge(output_dir, track=progress.show_reading)
     print(f"{output_dir / manifest.MANIFEST_NAME}: {len(rows)} images")
     return 0
 
 
 def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, scale: int = 2) -> int:
     """Write a folder's `preview.html` from its manifest, and `picture` with the first `columns` images of each user."""
-    from userdiff import gallery, images, manifest
+    from userdiff import gallery, images, manifest, record
 
     rows = list(manifest.read_rows(output_dir / manifest.MANIFEST_NAME))
     if not rows:
@@ -163,8 +165,12 @@ def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, sc
         raise ValueError(
             f"--picture: {str(picture)!r} does not say which kind of picture, needed: a name ending in {needed}"
         )
-    page = gallery.preview_page(output_dir.resolve().name, rows)
-    images.publish(output_dir / gallery.PREVIEW_NAME, page.encode())
+    try:
+        run_record = record.RunRecord.read(output_dir)
+    except (ValueError, OSError) as error:
+        run_record = None
+        print(f"Warning: {error}; the page is made without the run's facts", file=sys.stderr)
+    images.publish(output_dir / gallery.PREVIEW_NAME, gallery.preview_page(output_dir, rows, run_record))
     print(output_dir / gallery.PREVIEW_NAME)
     if picture is not None:
         gallery.contact_sheet(output_dir, rows, columns, scale).save(picture)
@@ -172,10 +178,19 @@ def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, sc
     return 0
 
 
-def _show_reading(items: Iterable[Any], total: int) -> Iterable[Any]:
-    from tqdm import tqdm
+def inspect(output_dir: Path, real: Path | None = None, json: Path | None = None) -> int:
+    """Read a dataset's images and say, user by user, how they differ, which are copies, and whose they are most like.
 
-    return tqdm(items, desc="Checking images", total=total, unit=" images", disable=total == 0, leave=False)
+    Damaged images are named and passed over.
+    """
+    from userdiff import findings, images, inspection, progress
+
+    report = inspection.inspect(output_dir, real, track=progress.show_reading)
+    if json is not None:
+        images.publish(json, findings.report_json(report))
+    for line in findings.report_lines(str(output_dir), report):
+        print(line)
+    return 0
 
 
 def _say_error(line: str, status: int, *, is_alone: bool = False) -> int:

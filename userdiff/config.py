@@ -193,6 +193,9 @@ class JobConfig:
         _RUN, "precision of the UNet and the VAE (default: the launcher's, else no)",
         None, choices=("no", "fp16", "bf16"),
     )  # fmt: skip
+    dry_run: bool = _flag(
+        _RUN, "check everything, print what would be made, and change nothing (default: off)", False, action="store_true"
+    )  # fmt: skip
     overwrite: bool = _flag(
         _RUN, "start again: first remove what a job wrote in the output folder, and nothing else (default: off)",
         False, action="store_true",

@@ -3,16 +3,18 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
-from userdiff import images
+from userdiff import images, progress
 from userdiff.config import JobConfig, format_ids
 from userdiff.coordination import Coordinator
+from userdiff.facts import count
 from userdiff.gallery import PREVIEW_NAME
 from userdiff.halting import Halted
 from userdiff.images import file_name
@@ -21,8 +23,7 @@ from userdiff.manifest import MANIFEST_NAME, Finished, Item, Row
 from userdiff.planning import Plan
 
 _LISTED = 20  # images named one by one; more would bury what else is said
-
-T = TypeVar("T")
+_REFRESH_SECONDS = 0.2  # a DDIM step of a small model takes less, and need not ask the store each time
 
 
 def _say(line: str) -> None:
@@ -58,13 +59,19 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
             "id shifts the rows of all after it"
         )
     made = plan.num_items - plan.num_waiting
+    precision = model.identity.get("mixed_precision", "float32")
+    _say(f"Output: {config.output_dir}; made on {model.device_name} in {precision}")
     _say(
-        f"Plan: {plan.num_items} images ({len(plan.user_ids)} users x {plan.num_images_per_user}), {made} already there, "
-        f"{plan.num_waiting} to make in {len(plan.batches)} batches of {plan.batch_size} by {num_processes} "
-        f"{'process' if num_processes == 1 else 'processes'} on {model.device.type}"
+        f"Plan: {count(plan.num_items, 'image')} ({count(len(plan.user_ids), 'user')} x {plan.num_images_per_user}), "
+        f"{made} already there, {plan.num_waiting} to make in {count(len(plan.batches), 'batch', 'batches')} of {plan.batch_size} "
+        f"by {count(num_processes, 'process', 'processes')} on {model.device.type}"
     )
     if 0 < plan.num_items < plan.batch_size and config.batch_size is None and not found.rows:
-        _say(f"Note: {plan.num_items} images in batches of {plan.batch_size}; --batch_size {plan.num_items} would do")
+        _say(
+            f"Note: {count(plan.num_items, 'image')} in batches of {plan.batch_size}; --batch_size {plan.num_items} would do"
+        )
+    elif config.dry_run:
+        _say(f"Padding: {plan.batches.size - plan.num_waiting} of the {plan.batches.size} rows of these batches")
     if model.compiled != "no" and plan.num_waiting:
         _say(
             f"Compiling ({model.compiled}): the first batch takes minutes longer, less once the compiler's cache is warm"
@@ -73,9 +80,16 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
     _say_disk(config.output_dir, model, plan, found.rows)
 
 
-def say_removed(output_dir: Path, number: int) -> None:
-    """Say what `--overwrite` has removed."""
-    _say(f"Removed: {number} images of earlier runs, from {output_dir}")
+def say_removed(config: JobConfig, number: int) -> None:
+    """Say what `--overwrite` has removed, or would."""
+    _say(
+        f"{'To be removed' if config.dry_run else 'Removed'}: {number} images of earlier runs, from {config.output_dir}"
+    )
+
+
+def conclude_dry_run(output_dir: Path) -> None:
+    """Say that it was one."""
+    _say(f"Dry run: nothing was made, and {output_dir} is as it was")
 
 
 def _say_what_lies_beyond(plan: Plan, found: Finished) -> None:
@@ -87,7 +101,7 @@ def _say_what_lies_beyond(plan: Plan, found: Finished) -> None:
     beyond = [row for row in found.rows if is_beyond((row.user_id, row.image_index))]
     if beyond:
         users = format_ids({row.user_id for row in beyond})
-        _say(f"Beyond this request: {len(beyond)} images of users {users} are there too, and stay")
+        _say(f"Beyond this request: {count(len(beyond), 'image')} of users {users} are there too, and stay")
     _list("Warning", [item for item in found.lost if is_beyond(item)], "beyond this request and missing or damaged")
     again = [item for item in found.lost if not is_beyond(item)]
     _list("Note", again, "missing or damaged and made again")
@@ -118,11 +132,6 @@ def _bytes(number: float) -> str:
     return f"{tqdm.format_sizeof(number, divisor=1000)}B"
 
 
-def show_reading(items: Iterable[T], total: int) -> Iterable[T]:
-    """Show a bar while files are read that no record vouches for."""
-    return tqdm(items, desc="Checking images", total=total, unit=" images", disable=total == 0, leave=False)
-
-
 @contextmanager
 def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Iterator[Callable[[], None]]:
     """Show one bar for the whole job; the function given refreshes it and raises when the job is to end.
@@ -130,26 +139,17 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
     Once there is a batch of images to judge by, a disk that will not hold the rest is said.
     """
     done = plan.num_items - plan.num_waiting
-    seconds = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(
-        total=plan.num_items,
-        initial=done,
-        unit=" images",
-        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",  # never seconds/image
-        mininterval=seconds,
-        dynamic_ncols=True,
-        disable=plan.num_waiting == 0,
-    ) as bar:
+    with progress.make_bar(plan.num_items, done) as bar:
         shown, is_judged = time.monotonic(), False
 
         def refresh() -> None:
             nonlocal shown, is_judged
             coordinator.check()
-            if time.monotonic() - shown < min(seconds, 1.0):
+            if time.monotonic() - shown < _REFRESH_SECONDS:
                 return
             shown = time.monotonic()
             num_images, num_bytes = coordinator.published()
-            bar.update(done + num_images - bar.n)  # shows itself every `mininterval`
+            show(num_images)
             if not is_judged and num_images >= min(plan.batch_size, plan.num_waiting):
                 is_judged = True
                 left = plan.num_waiting - num_images
@@ -157,11 +157,16 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
                 if space.is_short:
                     _warn_of_full_disk(output_dir, space, "about")
 
+        def show(num_images: int) -> None:
+            if num_failed := coordinator.num_failed():
+                bar.set_postfix_str(f"{num_failed} failed", refresh=False)
+            bar.update(done + num_images - bar.n)  # shows itself every `mininterval`
+
         try:
             yield refresh
         finally:
             with suppress(Halted):  # the store may be gone
-                bar.n = done + coordinator.published()[0]
+                show(coordinator.published()[0])
 
 
 def conclude(
@@ -176,8 +181,8 @@ def conclude(
     """Say what came of it and where to look; `entry` is the run's in the record's history."""
     failed = entry["failed"]
     _say(
-        f"Done: {plan.num_items - len(failed)} of {plan.num_items} images in {config.output_dir}, {entry['published']} "
-        "of them made now"
+        f"Done: {plan.num_items - len(failed)} of {count(plan.num_items, 'image')} in {config.output_dir}, {entry['published']} "
+        f"of them made now{_rate(entry)}"
     )
     bad = [item for item in failed if item in not_finite]
     gone = [item for item in failed if item not in not_finite]
@@ -188,6 +193,13 @@ def conclude(
         _warn_of_random_conditioning(config)
     _say(f"Labels: {config.output_dir / MANIFEST_NAME}")
     _say(f"Look at it: {config.output_dir / PREVIEW_NAME}")
+
+
+def _rate(entry: dict[str, Any]) -> str:
+    seconds = (datetime.fromisoformat(entry["ended"]) - datetime.fromisoformat(entry["started"])).total_seconds()
+    if not entry["published"] or not seconds:
+        return ""
+    return f" in {tqdm.format_interval(seconds)}, {entry['published'] / seconds:.2f} images/s"
 
 
 def _list(title: str, items: Sequence[Item], what: str) -> None:

@@ -231,9 +231,13 @@ class Coordinator:
         key = self._add("num_failed", 1) - 1
         self._ask(lambda store: store.set(f"failed/{key}", json.dumps([user_id, image_index])))
 
+    def num_failed(self) -> int:
+        """Give the number of images that any process could not make, so far."""
+        return self._add("num_failed", 0)
+
     def failed(self) -> list[tuple[int, int]]:
         """Collect the images that any process could not make, sorted. Complete once `wait_for_all` has returned."""
-        keys = [f"failed/{key}" for key in range(self._add("num_failed", 0))]
+        keys = [f"failed/{key}" for key in range(self.num_failed())]
         items = [json.loads(self._ask(lambda store, key=key: store.get(key))) for key in keys]  # type: ignore[misc]
         return sorted((user_id, image_index) for user_id, image_index in items)
 

@@ -38,15 +38,29 @@ def open_folder(
         if config.overwrite and restart_count() == 0:  # a restarted group goes on where the first one failed
             _start_again(config, user_ids, interrupt)
             yield None
-            return
-        with errors_of("--output_dir"):
-            old = RunRecord.read(config.output_dir)
-        if old is None:
-            with interrupt.abandonable():
-                _refuse_foreign(config.output_dir, record.identity_hash(identity))
         else:
-            _refuse_other_identity(config, old, identity)
-        yield old
+            yield _checked_record(config, identity, interrupt)
+
+
+def look_into(
+    config: JobConfig, identity: dict[str, Any], user_ids: Collection[int], interrupt: Interrupt
+) -> RunRecord | None:
+    """Do of `open_folder` what changes nothing."""
+    if config.overwrite:
+        console.say_removed(config, len(_own_images(config, user_ids, interrupt)))
+        return None
+    return _checked_record(config, identity, interrupt)
+
+
+def _checked_record(config: JobConfig, identity: dict[str, Any], interrupt: Interrupt) -> RunRecord | None:
+    with errors_of("--output_dir"):
+        old = RunRecord.read(config.output_dir)
+    if old is None:
+        with interrupt.abandonable():
+            _refuse_foreign(config.output_dir, record.identity_hash(identity))
+    else:
+        _refuse_other_identity(config, old, identity)
+    return old
 
 
 def _forget_writers(output_dir: Path) -> None:
@@ -108,22 +122,9 @@ def refuse_strangers(
 
 
 def _start_again(config: JobConfig, user_ids: Collection[int], interrupt: Interrupt) -> None:
-    """Remove what a job wrote, by its records and by the images' own text chunks, and nothing else.
-
-    Where a user's folder is a link to another place, only what is recorded is known to have been put there.
-    """
+    """Remove what a job wrote, and nothing else."""
     output_dir = config.output_dir
-    own: list[manifest.Item] = []
-    strangers: list[manifest.Item] = []
-    with interrupt.abandonable():  # nothing is removed yet
-        if not (output_dir / record.RECORD_NAME).exists():
-            _refuse_foreign(output_dir)
-        believed, claims = manifest.recorded_rows(output_dir)
-        for item in images.image_files(output_dir):
-            path = output_dir / images.file_name(*item)
-            is_own = item in believed or item in claims or (not path.parent.is_symlink() and _explains_itself(path))
-            (own if is_own else strangers).append(item)
-        refuse_strangers(config, user_ids, strangers, "--overwrite")
+    own = _own_images(config, user_ids, interrupt)
     with errors_of("--output_dir"):
         for item in own:
             (output_dir / images.file_name(*item)).unlink()
@@ -134,8 +135,28 @@ def _start_again(config: JobConfig, user_ids: Collection[int], interrupt: Interr
         for path in [output_dir / manifest.MANIFEST_NAME, *manifest.part_paths(output_dir), output_dir / PREVIEW_NAME]:
             path.unlink(missing_ok=True)
         if own:
-            console.say_removed(output_dir, len(own))
+            console.say_removed(config, len(own))
         (output_dir / record.RECORD_NAME).unlink(missing_ok=True)  # last: until then the folder is known for a job's
+
+
+def _own_images(config: JobConfig, user_ids: Collection[int], interrupt: Interrupt) -> list[manifest.Item]:
+    """Find what a job wrote, by its records and by the images' own text chunks.
+
+    Where a user's folder is a link to another place, only what is recorded is known to have been put there.
+    """
+    output_dir = config.output_dir
+    own: list[manifest.Item] = []
+    strangers: list[manifest.Item] = []
+    with interrupt.abandonable():
+        if not (output_dir / record.RECORD_NAME).exists():
+            _refuse_foreign(output_dir)
+        believed, claims = manifest.recorded_rows(output_dir)
+        for item in images.image_files(output_dir):
+            path = output_dir / images.file_name(*item)
+            is_own = item in believed or item in claims or (not path.parent.is_symlink() and _explains_itself(path))
+            (own if is_own else strangers).append(item)
+    refuse_strangers(config, user_ids, strangers, "--overwrite")
+    return own
 
 
 def _explains_itself(path: Path) -> bool:

@@ -170,8 +170,8 @@ class Space(NamedTuple):
 
 
 def space(output_dir: Path, num_files: int, bytes_per_file: float) -> Space:
-    """Compare so many files with the room that a folder's disk has."""
-    disk = os.statvfs(output_dir)
+    """Compare so many files with the room that a folder's disk has, or that it would have."""
+    disk = os.statvfs(next(folder for folder in (output_dir, *output_dir.parents) if folder.exists()))
     needed = num_files * math.ceil(bytes_per_file / disk.f_frsize) * disk.f_frsize
     return Space(num_files, needed, disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else math.inf)
 

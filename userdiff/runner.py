@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from userdiff import (
     halting,
     images,
     manifest,
+    progress,
     record,
 )
 from userdiff.acceleration import Compilation
@@ -95,6 +96,8 @@ def set_kernels(allow_tf32: bool) -> None:
 
 def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
     """Run one process of a job; what it needs to know of the others is in `coordinator`. Returns the exit status."""
+    if config.dry_run:
+        return _rehearse(config, model, coordinator) if coordinator.is_main_process else 0
     if coordinator.is_main_process:
         return _run_main(config, model, coordinator)
     run_hash, plan = coordinator.receive_plan()
@@ -108,26 +111,50 @@ def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
     return 0
 
 
-def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
-    recipe = manifest.Recipe.of(model.identity, model.run)
-    wanted = config.user_ids or tuple(model.user_index)
-    with folder.open_folder(config, model.identity, wanted, coordinator.interrupt) as old_record:
+def _rehearse(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
+    wanted = _wanted(config, model)
+    old_record = folder.look_into(config, model.identity, wanted, coordinator.interrupt)
+    _survey(config, model, coordinator, old_record)
+    console.conclude_dry_run(config.output_dir)
+    return 0
+
+
+def _wanted(config: JobConfig, model: JobModel) -> tuple[int, ...]:
+    return config.user_ids or tuple(model.user_index)
+
+
+def _survey(
+    config: JobConfig, model: JobModel, coordinator: Coordinator, old_record: RunRecord | None
+) -> tuple[manifest.Finished, Plan, RunRecord, dict[str, Any]]:
+    """Find what is done and plan the rest, and say so; with the record and the numerics of this run."""
+    found = manifest.Finished([], [], [])
+    if not (config.dry_run and config.overwrite):  # what that would remove is still there
+        recipe = manifest.Recipe.of(model.identity, model.run)
         with coordinator.interrupt.abandonable():
             sha256 = old_record.manifest_sha256 if old_record else None
-            found = manifest.find_finished(config.output_dir, recipe, sha256, track=console.show_reading)
-        numerics = _numerics(config, model, old_record)
-        done = [(row.user_id, row.image_index) for row in found.rows]
-        plan = make_plan(wanted, config.num_images_per_user, numerics["batch_size"], done)
-        folder.refuse_strangers(config, wanted, found.strangers, "--output_dir")
-        run_record = folder.new_record(model.identity, numerics, old_record)
-        console.announce(config, model, plan, coordinator.num_processes, found)
+            found = manifest.find_finished(config.output_dir, recipe, sha256, track=progress.show_reading)
+    numerics = _numerics(config, model, old_record)
+    done = [(row.user_id, row.image_index) for row in found.rows]
+    wanted = _wanted(config, model)
+    plan = make_plan(wanted, config.num_images_per_user, numerics["batch_size"], done)
+    folder.refuse_strangers(config, wanted, found.strangers, "--output_dir")
+    run_record = folder.new_record(model.identity, numerics, old_record)
+    console.announce(config, model, plan, coordinator.num_processes, found)
+    return found, plan, run_record, numerics
+
+
+def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
+    recipe = manifest.Recipe.of(model.identity, model.run)
+    wanted = _wanted(config, model)
+    with folder.open_folder(config, model.identity, wanted, coordinator.interrupt) as old_record:
+        found, plan, run_record, numerics = _survey(config, model, coordinator, old_record)
         images.remove_temporaries(config.output_dir)
         with errors_of("--output_dir"):
             for user_id in plan.user_ids:
                 (config.output_dir / images.file_name(user_id, 0)).parent.mkdir(exist_ok=True)
         # takes the place of an interrupted run's parts
         run_record.manifest_sha256 = manifest.write_manifest(config.output_dir, found.rows)
-        del found, done
+        del found
         with folder.history_entry(config, run_record, numerics, plan, coordinator) as entry:
             coordinator.publish_plan(model.run, plan.to_bytes())
             with console.show_progress(config.output_dir, plan, coordinator) as refresh:
@@ -137,10 +164,11 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
             entry["published"] = coordinator.published()[0]
             rows, flat = _finished(config, recipe, run_record, coordinator)
             run_record.manifest_sha256 = manifest.write_manifest(config.output_dir, rows)
-            page = gallery.preview_page(config.output_dir.resolve().name, rows)
-            images.publish(config.output_dir / gallery.PREVIEW_NAME, page.encode())
             made = {(row.user_id, row.image_index) for row in rows}
             entry["failed"] = [item for item in map(plan.item, range(plan.num_items)) if item not in made]
+            with coordinator.interrupt.abandonable():
+                page = gallery.preview_page(config.output_dir, rows, run_record, ended=datetime.now(timezone.utc))
+            images.publish(config.output_dir / gallery.PREVIEW_NAME, page)
         not_finite = coordinator.failed()
     console.conclude(config, model, plan, entry, not_finite=set(not_finite), flat=flat)
     return 1 if entry["failed"] else 0

@@ -1,0 +1,56 @@
+"""Progress on stderr: on a terminal a bar that moves, in a log file a line every so often."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO, TypeVar
+
+from tqdm import tqdm
+
+_TERMINAL_SECONDS = 0.2
+_LOG_SECONDS = 30.0
+
+T = TypeVar("T")
+
+
+def make_bar(total: int, done: int = 0, **options: Any) -> tqdm:
+    """Make a bar of images, or none where nothing is left to do; the rate is always in images a second."""
+    is_terminal = sys.stderr.isatty()
+    counts = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+    return tqdm(
+        total=total,
+        initial=done,
+        unit=" images",
+        bar_format=("{l_bar}{bar}| " if is_terminal else "{l_bar} ") + counts,
+        mininterval=_TERMINAL_SECONDS if is_terminal else _LOG_SECONDS,
+        miniters=0,  # an update that brings nothing new moves the clock
+        dynamic_ncols=is_terminal,
+        file=sys.stderr if is_terminal else _Lines(sys.stderr),
+        disable=total == done,
+        **options,
+    )
+
+
+def show_reading(items: Iterable[T], total: int) -> Iterable[T]:
+    """Show a bar while images are read."""
+    with make_bar(total, desc="Checking images", leave=False) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+class _Lines:
+    """Where a bar returns to the start of its line, a log goes on to the next."""
+
+    encoding = "utf-8"
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write a line, if there is any text."""
+        if line := text.strip():
+            self._stream.write(f"{line}\n")
+
+    def flush(self) -> None:
+        """Let it be read by whoever follows the log."""
+        self._stream.flush()
