@@ -53,6 +53,7 @@ DEFAULTS = {
     "mixed_precision": None,
     "overwrite": False,
     "allow_tf32": False,
+    "dry_run": False,
 }
 NEEDS_ALL = "your own model needs all of --vae_path, --unet_path, --condition_encoder_path, --num_users"
 USERS_WITHOUT_MODEL = (
@@ -139,6 +140,7 @@ def test_the_original_command_line_means_what_it_meant():
         ("--mixed_precision bf16", "mixed_precision", "bf16"),
         ("--overwrite", "overwrite", True),
         ("--allow_tf32", "allow_tf32", True),
+        ("--dry_run", "dry_run", True),
     ],
 )
 def test_each_flag_takes_its_values(argv, name, value):
@@ -406,6 +408,7 @@ HELP_TEXTS = {
     "device": "(default: auto)",
     "batch_size": "(default: what the folder began with, else 16)",
     "mixed_precision": "(default: the launcher's, else no)",
+    "dry_run": "change nothing",  # a switch, as the next ones
     "overwrite": "start again",  # a switch, off where it is not given
     "allow_tf32": "let float32 matrix products use TF32",  # a switch, off where it is not given
 }
@@ -414,7 +417,7 @@ HELP_GROUPS = {
     "the model": set(list(HELP_TEXTS)[:9]),
     "what to make": {"user_ids", "num_images_per_user", "output_dir"},
     "how to sample": {"num_inference_steps", "seed", "eta"},
-    "how to run": {"device", "batch_size", "mixed_precision", "overwrite", "allow_tf32"},
+    "how to run": {"device", "batch_size", "mixed_precision", "dry_run", "overwrite", "allow_tf32"},
 }
 
 
