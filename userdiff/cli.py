@@ -154,12 +154,7 @@ def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, sc
     """Write a folder's `preview.html` from its manifest, and `picture` with the first `columns` images of each user."""
     from userdiff import gallery, images, manifest, record
 
-    rows = list(manifest.read_rows(output_dir / manifest.MANIFEST_NAME))
-    if not rows:
-        where = "; an interrupted run's rows are in part files, `userdiff merge` first" * bool(
-            manifest.part_paths(output_dir)
-        )
-        raise ValueError(f"{output_dir} holds no {manifest.MANIFEST_NAME} with images in it{where}")
+    rows = manifest.merged_rows(output_dir)
     if picture is not None and picture.suffix.lower() not in images.PICTURE_SUFFIXES:
         needed = " or ".join(images.PICTURE_SUFFIXES)
         raise ValueError(

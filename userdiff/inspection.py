@@ -132,11 +132,7 @@ def inspect(output_dir: Path, real_dir: Path | None = None, track: Track = manif
 
 
 def _rows(output_dir: Path) -> list[Row]:
-    rows = {(row.user_id, row.image_index): row for row in manifest.read_rows(output_dir / manifest.MANIFEST_NAME)}
-    if not rows:
-        has_parts = bool(manifest.part_paths(output_dir))
-        where = "; an interrupted run's rows are in part files, `userdiff merge` first" * has_parts
-        raise ValueError(f"{output_dir} holds no {manifest.MANIFEST_NAME} with images in it{where}")
+    rows = {(row.user_id, row.image_index): row for row in manifest.merged_rows(output_dir)}
     return [rows[item] for item in sorted(rows)]
 
 

@@ -199,6 +199,15 @@ def recorded_rows(
     return believed, claims
 
 
+def merged_rows(output_dir: Path) -> list[Row]:
+    """Read a manifest; raises ValueError where it holds no row, saying what would help."""
+    rows = list(read_rows(output_dir / MANIFEST_NAME))
+    if not rows:
+        where = "; an interrupted run's rows are in part files, `userdiff merge` first" * bool(part_paths(output_dir))
+        raise ValueError(f"{output_dir} holds no {MANIFEST_NAME} with images in it{where}")
+    return rows
+
+
 class Finished(NamedTuple):
     """What is there of a dataset, sorted by (user_id, image_index)."""
 
