@@ -111,7 +111,7 @@ def job(args: argparse.Namespace) -> None:
         for part in noise.to(model.vae.dtype).split(at_once):
             model.vae.decode(part, return_dict=False)
 
-    plan = make_plan((1,), size * _MOST_BATCHES, size, done=())
+    plan = make_plan((1,), size * _MOST_BATCHES, size)
     (args.output / "user_01").mkdir(exist_ok=True)
     with _OnCommand(floor) as coordinator:
         runner.make_images(config, model, plan, coordinator, on_step=coordinator.check)

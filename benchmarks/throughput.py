@@ -2,6 +2,7 @@
 
     python -m benchmarks.throughput --json benchmarks/throughput.json
     python -m benchmarks.throughput --batch_sizes 1 2 4 8 16      # rate and memory by batch size instead
+    python -m benchmarks.throughput --scaling --rounds 8          # two processes against one, and what the machine allows
 
 First whole jobs are launched as the README says: eager, and compiled from a cold cache. Then every contender is loaded
 once, makes a first batch (compiled from the cache that is warm now), and then one batch a round, so that a change of
@@ -215,6 +216,21 @@ def by_batch_size(bench: Bench, batch_sizes: Sequence[int], rounds: int) -> None
         print(f"| {size} | {1 / rate:.2f} | {max(peak for _, peak in of):.0f} |", flush=True)
 
 
+def scaling(bench: Bench, rounds: int) -> None:
+    """Print how much more two processes make than one: of the job, and of its passes alone, which share nothing."""
+    turns = {"job": "batch", "its passes alone": "floor"}
+    ratios: dict[str, list[float]] = {name: [] for name in turns}
+    with bench.contender("job", num_processes=2) as job:
+        job.compute()
+        for _ in range(rounds):
+            for name, command in turns.items():
+                alone, both, alone_again = (job.compute(command, number)[0] for number in (1, 2, 1))
+                ratios[name].append(2 * both / (alone + alone_again))
+    print("| two processes of one thread : one | median | of the rounds |\n|---|---|---|")
+    for name, of in ratios.items():
+        print(f"| {name} | {statistics.median(of):.2f} | {' '.join(f'{ratio:.2f}' for ratio in sorted(of))} |")
+
+
 def has_bf16() -> bool:
     """Whether this CPU computes in bf16; one that converts to and fro takes ten times as long."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
@@ -229,6 +245,7 @@ def main() -> None:
     parser.add_argument("--pipeline_batch_size", type=int, default=4)
     parser.add_argument("--precisions", nargs="+", default=["no", *(["bf16"] if has_bf16() else [])])
     parser.add_argument("--batch_sizes", type=int, nargs="+", help="measure these instead")
+    parser.add_argument("--scaling", action="store_true", help="measure two processes against one instead")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results = {}
@@ -243,6 +260,9 @@ def main() -> None:
             bench = Bench(folder, precision, args.num_inference_steps, args.batch_size, args.pipeline_batch_size)
             if args.batch_sizes:
                 by_batch_size(bench, args.batch_sizes, args.rounds)
+                continue
+            if args.scaling:
+                scaling(bench, args.rounds)
                 continue
             whole = launches(bench)
             rates, first_batch = take_turns(bench, args.rounds)

@@ -2,26 +2,30 @@
 
     python -m tests.chaos --kills 300 --seed 7
 
-A round starts the job as a user would, with 1 to 3 processes, waits for a random moment after its first new image and
-kills something of it. Then every process has to go, what lies under a final name has to be whole and right, and
-sometimes a file is damaged. The next round runs the same command; the one that comes to its end has to leave the very
-bytes of a run that nobody disturbed. What is chosen is a function of the seed and the number of the round.
+A round starts the job as a user would, with 1 to 3 processes, every fifth time as two machines on loopback, waits for a
+random moment after its first new image and kills something of it. Then every process has to go, what lies under a final
+name has to be whole and right, and sometimes a file is damaged. The next round runs the same command; the one that comes
+to its end has to leave the very bytes of a run that nobody disturbed. What is chosen is a function of the seed and the
+number of the round.
 """
 
 import argparse
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random, SystemRandom
+from types import MappingProxyType
 from unittest.mock import patch
 
 from tqdm import tqdm
@@ -35,17 +39,27 @@ SHAPE = Shape(sample_size=16)
 JOB_FLAGS = ["--num_images_per_user", "60", "--num_inference_steps", "2", "--batch_size", "4"]
 NUM_JOB_SEEDS = 3  # datasets share as many undisturbed runs
 KILLS_OF_A_DATASET = 12  # then it may come to its end
+TWO_MACHINES_EVERY = 5  # rounds; they take the longest to start
 MAX_FAILURES = 5
 ANY = 10**6  # images may be missing
 JOB_SECONDS = 240  # no run takes that long
 SECONDS_TO_GO = 30.0  # after a kill, for every process of the job
+IMPATIENT = """
+import sys
+from userdiff import coordination
+coordination.LOST_AFTER_PULSES = 15  # a lost machine is missed by its silence alone
+from userdiff.cli import generate
+sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))
+"""
 
 
 @dataclass(frozen=True)
 class Choices:
     """What a round is to be."""
 
-    num_processes: int
+    num_processes: int  # of all machines
+    num_machines: int
+    machine: int  # whose launcher it is, or who goes as a whole
     signal_number: signal.Signals
     target: str
     worker: int
@@ -55,14 +69,20 @@ class Choices:
     is_damaging: bool
 
     @classmethod
-    def draw(cls, rng: Random) -> "Choices":
+    def draw(cls, rng: Random, num_machines: int) -> "Choices":
         num_processes = rng.choices([1, 2, 3], [2, 1, 1])[0]  # launches take longer to start
         missing = rng.choices([ANY, rng.randint(1, 12), 0], [6, 2, 1])[0]
         delay = rng.uniform(0, 0.5 if missing == 0 else 1.5 if missing == ANY else 0.1)
+        machine, targets = 0, ["worker", "workers", "launcher", "all"]
+        if num_machines > 1:
+            num_processes = num_machines * rng.choice([1, 2])
+            machine, targets = rng.randrange(num_machines), ["worker", "launcher", "machine"]
         return cls(
             num_processes=num_processes,
+            num_machines=num_machines,
+            machine=machine,
             signal_number=rng.choice([signal.SIGKILL, signal.SIGTERM]),
-            target=rng.choice(["worker", "workers", "launcher", "all"]) if num_processes > 1 else "process",
+            target=rng.choice(targets) if num_processes > 1 else "process",
             worker=rng.randrange(num_processes),
             missing=missing,
             delay=delay,
@@ -70,12 +90,52 @@ class Choices:
             is_damaging=rng.random() < 1 / 3,
         )
 
+    @property
+    def kind(self) -> str:
+        """Of the launch."""
+        per_machine = self.num_processes // self.num_machines
+        return str(self.num_processes) if self.num_machines == 1 else f"{self.num_machines} x {per_machine}"
+
+
+KINDS = ["1", "2", "3", "2 x 1", "2 x 2"]
+
+
+class Launches:
+    """The launches of one job, one for each machine, as if they were one."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
+
+    @property
+    def status(self) -> int | None:
+        """0 if all ended well."""
+        return next((job.process.returncode for job in self.jobs if job.process.returncode != 0), 0)
+
+    @property
+    def stderr(self) -> str:
+        return "".join(job.stderr for job in self.jobs)
+
+    def is_running(self) -> bool:
+        return any(job.is_running() for job in self.jobs)
+
+    def families(self) -> list[dict[int, Stat]]:
+        """Of each machine: its launcher, which is the first, and the launcher's workers."""
+        return [job.family() for job in self.jobs]
+
+    def wait(self, seconds: float, family: Mapping[int, Stat] = MappingProxyType({})) -> bool:
+        deadline = time.monotonic() + seconds
+        return all([job.wait(deadline - time.monotonic(), family) for job in self.jobs])  # noqa: C419 - each once
+
+    def end(self, family: dict[int, Stat]) -> None:
+        for job in self.jobs:
+            job.end(family)
+
 
 @dataclass
 class Tally:
     """What came of it."""
 
-    kills: Counter[tuple[str, str, int]] = field(default_factory=Counter)  # by signal, target, number of processes
+    kills: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # by signal, target, kind of launch
     damages: Counter[str] = field(default_factory=Counter)
     seconds_to_go: dict[tuple[str, str], float] = field(default_factory=dict)  # the longest, by signal and target
     after_the_last_image: int = 0
@@ -83,9 +143,9 @@ class Tally:
     failures: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{'signal':9}{'target':10}" + "".join(f"{n:>8} proc." for n in (1, 2, 3)) + "   longest to go"]
+        lines = [f"{'signal':9}{'target':10}" + "".join(f"{kind:>6} proc." for kind in KINDS) + "   longest to go"]
         for name, target in sorted({key[:2] for key in self.kills}):
-            cells = "".join(f"{self.kills[name, target, n] or '-':>14}" for n in (1, 2, 3))
+            cells = "".join(f"{self.kills[name, target, kind] or '-':>12}" for kind in KINDS)
             lines.append(f"{name:9}{target:10}{cells}{self.seconds_to_go.get((name, target), 0):14.1f} s")
         lines.append("damage: " + (", ".join(f"{kind} {n}" for kind, n in sorted(self.damages.items())) or "none"))
         lines.append(
@@ -132,7 +192,7 @@ class Chaos:
     def make_reference(self, job_seed: int) -> Path:
         """Run the job as one plain process that nobody disturbs."""
         folder = self.root / f"reference-{job_seed}"
-        job = start_job(1, [*self.flags, "--seed", str(job_seed), "--output_dir", str(folder)])
+        job = Job(start_plain([*self.flags, "--seed", str(job_seed), "--output_dir", str(folder)]))
         ended = job.wait(JOB_SECONDS) and job.process.returncode == 0
         if not ended or not all(is_whole(path.read_bytes()) for path in folder.glob("user_*/*")):
             job.end({})
@@ -143,9 +203,9 @@ class Chaos:
         """Start the job, kill something of it and look at what is left; whether it came to its end all the same."""
         self.num_rounds += 1
         rng = Random(f"{self.seed}/{self.num_rounds}")
-        choices = Choices.draw(rng)
-        self.what = f"no kill: {choices.num_processes} proc."
-        job = start_job(choices.num_processes, dataset.flags)
+        choices = Choices.draw(rng, num_machines=1 if self.num_rounds % TWO_MACHINES_EVERY else 2)
+        self.what = f"no kill: {choices.kind} proc."
+        job = self.start_job(choices, dataset.flags)
         family: dict[int, Stat] = {}
         try:
             if may_kill and wait_for_moment(dataset, job, choices):
@@ -164,20 +224,40 @@ class Chaos:
             raise Failure(f"{failure}\nThe end of {log}, without torch's stacks:\n{tail}") from failure
         finally:
             job.end(family)
-        if job.process.returncode != 0 and choices.is_damaging:
+        if job.status != 0 and choices.is_damaging:
             kind, what = dataset.damage(rng)
             self.tally.damages[kind] += 1
             self.what += f"; {what}"
         self.say(self.what)
-        return job.process.returncode == 0
+        return job.status == 0
 
-    def strike(self, dataset: Dataset, job: Job, choices: Choices) -> dict[int, Stat]:
+    def start_job(self, choices: Choices, flags: Sequence[str]) -> Launches:
+        if choices.num_processes == 1:
+            return Launches([Job(start_plain(flags))])
+        if choices.num_machines == 1:
+            return Launches([Job(launch(choices.num_processes, *flags))])
+        script = self.root / "batch_generate.py"
+        script.write_text(IMPATIENT)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        network = ["--num_machines", str(choices.num_machines), "--main_process_ip", "127.0.0.1"]
+        network += ["--main_process_port", port, "--machine_rank"]
+        machines = [[*network, str(machine)] for machine in range(choices.num_machines)]
+        number = choices.num_processes
+        return Launches([Job(launch(number, *flags, launcher_flags=machine, script=script)) for machine in machines])
+
+    def strike(self, dataset: Dataset, job: Launches, choices: Choices) -> dict[int, Stat]:
         """Kill what was chosen; gives every process of the job, or none where the chosen ones had gone already."""
-        family, first = job.family(), job.process.pid
-        workers = [pid for pid, stat in family.items() if stat.parent == first]
+        families = job.families()
+        family = {pid: stat for one in families for pid, stat in one.items()}
+        launchers = [one.process.pid for one in job.jobs]
+        workers = [pid for pid, stat in family.items() if stat.parent in launchers]
+        first = launchers[choices.machine]
         chosen = {
             "process": [first],
             "launcher": [first],
+            "machine": list(families[choices.machine]),
             "worker": workers[choices.worker :][:1],
             "workers": workers,
             "all": [first, *workers],
@@ -191,33 +271,36 @@ class Chaos:
         send(alive, choices.signal_number)
         if not alive:
             return {}
-        name, target, num_processes = choices.signal_number.name, choices.target, choices.num_processes
-        self.tally.kills[name, target, num_processes] += 1
+        name, target = choices.signal_number.name, choices.target
+        self.tally.kills[name, target, choices.kind] += 1
         self.tally.after_the_last_image += made == total
         number = self.tally.kills.total()
-        self.what = f"kill {number}: {num_processes} proc., {name} to {target}, {made} of {total} images"
+        self.what = f"kill {number}: {choices.kind} proc., {name} to {target}, {made} of {total} images"
         self.on_kill()
         return family
 
-    def see_it_go(self, job: Job, family: dict[int, Stat], kind: tuple[str, str]) -> None:
+    def see_it_go(self, job: Launches, family: dict[int, Stat], kind: tuple[str, str]) -> None:
         """Wait for every process of a job that was struck to go by itself."""
         began = time.monotonic()
         has_gone = job.wait(SECONDS_TO_GO, family)
         seconds = time.monotonic() - began
+        if not has_gone and len(job.jobs) > 1:
+            # a launcher whose workers have ended waits for that of a lost machine, up to five minutes: torch's affair
+            has_gone = {one.process.pid for one in job.jobs}.issuperset(still_alive(family))
+            if has_gone:
+                job.end(family)
         self.tally.seconds_to_go[kind] = max(seconds, self.tally.seconds_to_go.get(kind, 0))
         if not has_gone:
             left = still_alive(family)
             raise Failure("\n".join([f"left behind after {seconds:.0f} s, {len(left)} known:", *map(describe, left)]))
-        self.what += f", gone after {seconds:.1f} s with status {job.process.returncode}"
+        self.what += f", gone after {seconds:.1f} s with status {job.status}"
 
 
-def start_job(num_processes: int, flags: Sequence[str]) -> Job:
-    if num_processes > 1:
-        return Job(launch(num_processes, *flags))
-    return Job(start([sys.executable, "batch_generate.py", "--device", "cpu", *flags]))
+def start_plain(flags: Sequence[str]) -> subprocess.Popen:
+    return start([sys.executable, "batch_generate.py", "--device", "cpu", *flags])
 
 
-def wait_for_moment(dataset: Dataset, job: Job, choices: Choices) -> bool:
+def wait_for_moment(dataset: Dataset, job: Launches, choices: Choices) -> bool:
     """Wait until it is time to kill: after a new image or, where none is missing, the record of a new run."""
     begun_with, record_time, total = dataset.num_made(), dataset.record_time(), len(dataset.expected)
     if begun_with == total and choices.missing == ANY:  # not always, or a dataset would hardly come to its end
@@ -235,12 +318,12 @@ def wait_for_moment(dataset: Dataset, job: Job, choices: Choices) -> bool:
     return False
 
 
-def check_end(job: Job) -> None:
+def check_end(job: Launches) -> None:
     """Wait for a job that nobody disturbs."""
     if not job.wait(JOB_SECONDS):
         raise Failure(f"no end after {JOB_SECONDS} s")
-    if job.process.returncode:
-        raise Failure(f"ended by itself with status {job.process.returncode}")
+    if job.status:
+        raise Failure(f"ended by itself with status {job.status}")
 
 
 def check_stderr(stderr: str) -> None:

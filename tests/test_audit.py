@@ -14,8 +14,8 @@ from tests.jobs import ROOT, run_job, tree
 from userdiff.audit import Problem, flat_images, merge, read_status, verify
 from userdiff.cli import main
 from userdiff.images import encode_png
-from userdiff.manifest import COLUMNS, read_rows
 from userdiff.record import folder_lock
+from userdiff.table import Table, read_rows
 
 
 @pytest.fixture(scope="module")
@@ -303,15 +303,12 @@ def test_flat_images_are_found_and_only_small_files_are_opened(out, monkeypatch)
     for number, pixels in enumerate([np.zeros((16, 16, 3)), np.full((16, 16, 3), 255), np.full((16, 16, 1), 7)]):
         (out / rows[number].file_name).write_bytes(encode_png(pixels.astype(np.uint8), {"user_id": "1"}))
     (out / rows[3].file_name).write_bytes(encode_png(np.eye(16, dtype=np.uint8)[:, :, None], {}))
-    small = [
-        *[row.__class__(**{c: getattr(row, c) for c in COLUMNS} | {"num_bytes": 300}) for row in rows[:4]],
-        *rows[4:],
-    ]
+    small = [row._replace(num_bytes=300) for row in rows[:4]]
     opened = []
     is_flat = images.is_flat
     monkeypatch.setattr(images, "is_flat", lambda path: opened.append(path) or is_flat(path))
-    large = [row.__class__(**{c: getattr(row, c) for c in COLUMNS} | {"num_bytes": 10**6}) for row in rows[4:]]
-    assert flat_images(out, [*small[:4], *large]) == ([(1, 0), (1, 1), (1, 2)], set())
+    large = [row._replace(num_bytes=10**6) for row in rows[4:]]
+    assert flat_images(out, Table([*small, *large])) == ([(1, 0), (1, 1), (1, 2)], set())
     assert len(opened) == 4
 
 

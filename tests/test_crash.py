@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 
 from tests.checkpoints import model_flags
 from tests.jobs import tree
-from userdiff import manifest
+from userdiff import manifest, table
 from userdiff.config import UsageError, parse_args
 from userdiff.coordination import Coordinator
 from userdiff.loading import load_model
@@ -135,7 +135,7 @@ def test_a_merge_killed_at_any_change_is_made_up_for(job, undisturbed, death, tm
     for _ in kill_at_every_change(death, tmp_path, lambda: audit.merge(begun)):
         pass
     assert not list(begun.glob("manifest.part-*"))
-    assert 0 < len(list(manifest.read_rows(begun / "manifest.csv"))) == len(whole_images(begun)) < 6
+    assert 0 < len(list(table.read_rows(begun / "manifest.csv"))) == len(whole_images(begun)) < 6
     assert job(begun) == 0
     assert_same(begun, undisturbed)
 
@@ -187,7 +187,7 @@ def apply(damage, path):
 def finished(folder):
     record = RunRecord.read(folder)
     recipe = manifest.Recipe.of(record.identity, record.run)
-    return manifest.finished_rows(folder, recipe, record.manifest_sha256)
+    return list(manifest.finished_rows(folder, recipe, record.manifest_sha256))
 
 
 @st.composite
@@ -207,7 +207,7 @@ def test_whatever_happens_to_the_folder_no_bad_image_counts_and_no_good_one_is_l
     folder = tmp_path / "out"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(undisturbed, folder)
-    truth = {row.file_name: row for row in manifest.read_rows(undisturbed / "manifest.csv")}
+    truth = {row.file_name: row for row in table.read_rows(undisturbed / "manifest.csv")}
     content = (undisturbed / "manifest.csv").read_bytes()
     is_believed = data.draw(st.booleans(), label="manifest untouched")
     if not is_believed:

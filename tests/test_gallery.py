@@ -8,7 +8,7 @@ import json
 import os
 import struct
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,9 +24,9 @@ from tests.checkpoints import model_flags
 from tests.jobs import run_job
 from userdiff import facts, gallery, thumbnails
 from userdiff.cli import main
-from userdiff.gallery import preview_page
-from userdiff.manifest import Recipe, write_manifest
+from userdiff.manifest import Recipe, merged_rows, write_manifest
 from userdiff.record import RunRecord
+from userdiff.table import Table
 
 RECIPE = Recipe(seed=42, num_inference_steps=20, conditioning="trained", run="0" * 64)
 VOID = {"meta", "link", "img", "input"}
@@ -126,8 +126,12 @@ def make_dataset(folder, num_users=2, num_images=3, pixels=noise_pixels):
             values = pixels(user_id, image_index)
             row = RECIPE.row(user_id, image_index, size=(values.shape[1], values.shape[0]), png=b"")
             Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values).save(folder / row.file_name)
-            rows.append(replace(row, num_bytes=(folder / row.file_name).stat().st_size))
+            rows.append(row._replace(num_bytes=(folder / row.file_name).stat().st_size))
     return rows
+
+
+def preview_page(folder, rows, *others):
+    return gallery.preview_page(folder, Table(rows), *others)
 
 
 def entry(**changes):
@@ -330,16 +334,13 @@ def test_a_dataset_without_images_or_a_name_has_a_page():
 
 
 def test_a_manifest_that_was_edited_opens_nothing_else_and_links_nowhere(tmp_path):
-    row, _ = make_dataset(tmp_path / "out", 2, 1)
-    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
-    names = ["../secret.png", str(tmp_path / "secret.png"), "javascript:alert(1)", "user_01/../../secret.png"]
+    rows = make_dataset(tmp_path, 2, 1)
+    Image.new("RGB", (8, 8)).save(tmp_path.parent / "secret.png")
+    names = ["../secret.png", str(tmp_path.parent / "secret.png"), "javascript:alert(1)", "user_01/../../secret.png"]
     names += ["user_01/generated_000.png?x", "user_02/generated_000.png", "<script>alert(1)</script>"]
-    rows = [replace(row, file_name=name) for name in names]
-    page = Page(preview_page(tmp_path / "out", rows))
-    assert page.users[0].images == []
-    assert [item["title"] for item in page.users[0].unreadable] == [
-        f"image 0, seed {row.seed}, {name}" for name in names
-    ]
+    write_manifest(tmp_path, [*(rows[0]._replace(file_name=name) for name in names), rows[1]])
+    page = Page(gallery.preview_page(tmp_path, merged_rows(tmp_path)))
+    assert [[image["href"] for image in user.images] for user in page.users] == [["user_02/generated_000.png"]]
     assert len(page.texts["script"]) == 1
 
 
@@ -361,8 +362,9 @@ def test_a_folder_whose_name_is_not_utf_8_has_a_page(tmp_path):
 
 def test_a_damaged_manifest_may_have_rows_twice_and_out_of_order(tmp_path):
     rows = make_dataset(tmp_path)
-    page = Page(preview_page(tmp_path, [*rows[3:], *rows, rows[0]]))
-    assert [user.name for user in page.users] == ["User 2", "User 1"]
+    write_manifest(tmp_path, [*rows[3:], *rows, rows[0]])
+    page = Page(gallery.preview_page(tmp_path, merged_rows(tmp_path)))
+    assert [user.name for user in page.users] == ["User 1", "User 2"]
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
 
@@ -448,7 +450,7 @@ def test_failed_images_are_listed_but_those_made_since(tmp_path):
 
 
 def test_how_a_run_ended_and_random_weights_are_told_but_no_path(tmp_path):
-    rows = [replace(row, conditioning="random") for row in make_dataset(tmp_path)]
+    rows = [row._replace(conditioning="random") for row in make_dataset(tmp_path)]
     stopped = record([entry(state="failed", cause=f"--output_dir: No space left on device ({tmp_path}/x)")])
     data = preview_page(tmp_path, rows, stopped)
     random, state = Page(data).notices

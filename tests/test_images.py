@@ -18,10 +18,10 @@ from userdiff.images import (
     decode_png,
     encode_png,
     file_name,
-    image_files,
     parse_file_name,
     publish,
     remove_temporaries,
+    user_folders,
 )
 
 PATIENCE = 10  # seconds until a test gives up on another thread; none waits that long when all is well
@@ -92,7 +92,12 @@ def test_only_images_of_a_job_are_found(tmp_path):
         path.touch()
     (tmp_path / "user_02").touch()  # a file where a folder would be
     (tmp_path / "user_03").mkdir()
-    assert sorted(image_files(tmp_path)) == [(1, 0), (1, 1000), (100, 2)]
+    folders = {folder.name: folder for folder in user_folders(tmp_path)}
+    found = {folder.user_id: folder.image_indices.tolist() for folder in folders.values() if len(folder.image_indices)}
+    assert found == {1: [0, 1000], 100: [2]}
+    foreign = {name.partition("/")[2] for name in FOREIGN_NAMES if name.startswith("user_01/")}
+    assert {*folders["user_01"].others} == {*foreign, "user_01"} - {".generated_000.png.tmp-0123abcd"}
+    assert (folders["user_001"].user_id, folders["user_001"].others) == (0, ["generated_000.png"])
 
 
 # PNG

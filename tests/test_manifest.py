@@ -5,26 +5,24 @@ import os
 import random
 import threading
 import time
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from userdiff.manifest import (
-    COLUMNS,
     MANIFEST_NAME,
     PartWriter,
     Recipe,
-    Row,
-    finished_rows,
+    find_finished,
     part_path,
     part_paths,
     read_all,
-    read_rows,
     write_manifest,
 )
+from userdiff.table import COLUMNS, Row, read_rows
 
 HEADER = "file_name,user_id,image_index,seed,num_inference_steps,conditioning,width,height,num_bytes,sha256"
 RUN = "5d" * 32
@@ -81,7 +79,7 @@ def put(folder, user_id, image_index, data=None):
 
 
 def line(row):
-    return ",".join(str(value) for value in astuple(row)) + "\n"
+    return ",".join(str(value) for value in row) + "\n"
 
 
 def record(path, *rows):
@@ -90,12 +88,6 @@ def record(path, *rows):
 
 def files_in(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    """One file, written anew by every example of a property."""
-    return tmp_path_factory.mktemp("manifest") / "scratch.csv"
 
 
 OPAQUE = b"bytes that no row can be made from, only a recorded one be true of"
@@ -151,87 +143,6 @@ def test_rows_are_plain_csv_and_read_back(tmp_path, rows):
 
 def test_a_missing_manifest_has_no_rows(tmp_path):
     assert list(read_rows(tmp_path / "manifest.csv")) == []
-
-
-# Damage
-
-
-@settings(max_examples=150, deadline=None)
-@given(rows=ANY_ROWS, data=st.data())
-def test_a_truncated_manifest_gives_its_whole_rows_and_no_others(scratch, rows, data):
-    lines = [HEADER + "\n", *(line(row) for row in rows)]
-    content = "".join(lines)
-    cut = data.draw(st.integers(0, len(content)))
-    scratch.write_text(content[:cut])
-    whole = [row for number, row in enumerate(rows) if len("".join(lines[: number + 2])) <= cut]
-    assert list(read_rows(scratch)) == whole
-
-
-MANGLING = st.lists(
-    st.tuples(
-        st.integers(0, 500), st.integers(0, 12), st.binary(max_size=4) | st.sampled_from([b"\n", b"\r", b",", b'"'])
-    ),
-    min_size=1,
-    max_size=5,
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(damage=MANGLING)
-@example(damage=[(0, 500, b"\xff\xfe\x00")])
-@example(damage=[(100, 0, b"9" * 5000)])
-def test_of_a_mangled_manifest_only_whole_lines_are_read(scratch, damage):
-    content = (HEADER + "\n" + "".join(line(row) for row in ROWS)).encode()
-    for start, length, other in damage:
-        content = content[:start] + other + content[start + length :]
-    scratch.write_bytes(content)
-    as_text = content.decode("utf-8", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
-    for row in read_rows(scratch):
-        assert line(row) in as_text
-        assert row.conditioning in {"trained", "random"}
-
-
-def with_field(name, value):
-    return ",".join(str(value) if column == name else str(getattr(ROWS[1], column)) for column in COLUMNS) + "\n"
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        pytest.param("\n", id="empty"),
-        pytest.param(HEADER + "\n", id="a second header"),
-        pytest.param(line(ROWS[1])[:-1], id="run into the next line"),
-        pytest.param("," + line(ROWS[1]), id="a column too many"),
-        pytest.param(line(ROWS[1]).partition(",")[2], id="a column too few"),
-        pytest.param(line(ROWS[1]).replace(",", ";"), id="other separators"),
-        pytest.param(line(ROWS[1]).replace(",", ", "), id="spaces"),
-        pytest.param('"' + line(ROWS[1]).replace(",", '",', 1), id="quotes"),
-        pytest.param(with_field("user_id", 0), id="user 0"),
-        pytest.param(with_field("user_id", "02"), id="a padded id"),
-        pytest.param(with_field("user_id", "\u0662"), id="a digit of another script"),
-        pytest.param(with_field("user_id", ""), id="no id"),
-        pytest.param(with_field("image_index", -1), id="a negative index"),
-        pytest.param(with_field("image_index", "1_0"), id="an underscore"),
-        pytest.param(with_field("seed", "1.0"), id="a fraction"),
-        pytest.param(with_field("seed", "+1"), id="a sign"),
-        pytest.param(with_field("seed", "nan"), id="not a number"),
-        pytest.param(with_field("num_bytes", 5000 * "9"), id="a number nobody can read"),
-        pytest.param(with_field("conditioning", "Trained"), id="an unknown conditioning"),
-        pytest.param(with_field("sha256", 63 * "a"), id="a short hash"),
-        pytest.param(with_field("sha256", 65 * "a"), id="a long hash"),
-        pytest.param("\0" * 200 + "\n", id="a hole"),
-    ],
-)
-def test_a_line_that_is_no_row_is_passed_over(tmp_path, bad):
-    path = tmp_path / "manifest.csv"
-    path.write_text(HEADER + "\n" + line(ROWS[0]) + bad + ("" if bad.endswith("\n") else line(ROWS[1])) + line(ROWS[2]))
-    assert list(read_rows(path)) == [ROWS[0], ROWS[2]]
-
-
-def test_line_ends_of_another_system_are_read(tmp_path):
-    path = tmp_path / "manifest.csv"
-    path.write_bytes((HEADER + "\n" + "".join(line(row) for row in ROWS)).replace("\n", "\r\n").encode())
-    assert list(read_rows(path)) == ROWS
 
 
 # Parts
@@ -310,7 +221,11 @@ def finished(folder, recipe=RECIPE):
     """What is finished where all records are believed: a manifest as it was published, the parts of this very run."""
     manifest = folder / MANIFEST_NAME
     sha256 = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None
-    return finished_rows(folder, recipe, sha256, believe_parts=True)
+    return list(find_finished(folder, recipe, sha256, believe_parts=True).rows)
+
+
+def finished_rows(folder, *values, **options):
+    return list(find_finished(folder, *values, **options).rows)
 
 
 @pytest.mark.parametrize("name", ["manifest.csv", "manifest.part-00000.csv", "manifest.part-00007.csv"])
@@ -355,14 +270,14 @@ EDITS = {
 @pytest.mark.parametrize(("name", "value"), EDITS.items())
 def test_a_row_that_does_not_agree_with_the_plan_is_not_believed(tmp_path, name, value):
     row = put(tmp_path, 4, 2, OPAQUE)
-    record(tmp_path / MANIFEST_NAME, replace(row, **{name: value}))
+    record(tmp_path / MANIFEST_NAME, row._replace(**{name: value}))
     assert finished(tmp_path) == []
 
 
 @pytest.mark.parametrize(("name", "value"), EDITS.items())
 def test_in_place_of_a_row_that_is_not_believed_the_image_speaks_for_itself(tmp_path, name, value):
     row = put(tmp_path, 4, 2)
-    record(tmp_path / MANIFEST_NAME, replace(row, **{name: value}))
+    record(tmp_path / MANIFEST_NAME, row._replace(**{name: value}))
     assert finished(tmp_path) == [row]
 
 
@@ -457,7 +372,7 @@ def test_a_file_of_the_right_size_full_of_zeros_is_not_what_an_interrupted_run_c
 @UNBELIEVED
 def test_a_damaged_claim_is_put_right_by_the_image(tmp_path, name, change):
     row = put(tmp_path, 4, 2)
-    record(tmp_path / name, replace(row, **change))
+    record(tmp_path / name, row._replace(**change))
     assert finished_rows(tmp_path, RECIPE) == [row]
 
 
@@ -465,13 +380,13 @@ def test_a_manifest_of_another_hash_than_published_is_not_believed(tmp_path):
     row = put(tmp_path, 4, 2)
     record(tmp_path / MANIFEST_NAME, row)
     published = hashlib.sha256((tmp_path / MANIFEST_NAME).read_bytes()).hexdigest()
-    record(tmp_path / MANIFEST_NAME, replace(row, width=2))
+    record(tmp_path / MANIFEST_NAME, row._replace(width=2))
     assert finished_rows(tmp_path, RECIPE, published) == [row]
 
 
 def test_the_good_one_of_two_claims_counts(tmp_path):
     row = put(tmp_path, 4, 2, png({}))
-    record(tmp_path / "manifest.part-00000.csv", replace(row, sha256="0" * 64), row, replace(row, width=2))
+    record(tmp_path / "manifest.part-00000.csv", row._replace(sha256="0" * 64), row, row._replace(width=2))
     assert finished_rows(tmp_path, RECIPE) == [row]
 
 

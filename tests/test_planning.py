@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from userdiff.planning import PADDING, Plan, item_seed, make_plan, seats
+from userdiff import planning
+from userdiff.planning import PADDING, Plan, item_seed, seats
 
 USER_IDS = st.integers(1, 40) | st.integers(1, 2**63 - 1)
 
@@ -27,6 +28,13 @@ def batches_by_definition(items, batch_size):
     for user_id, image_index in sorted(items):
         queues[seat_by_definition(user_id, image_index, batch_size)].append((user_id, image_index))
     return [[q[k] if k < len(q) else None for q in queues] for k in range(max(map(len, queues)))]
+
+
+def make_plan(user_ids, num_images, batch_size, done=()):
+    of_user = {}
+    for user_id, image_index in done:
+        of_user.setdefault(user_id, []).append(image_index)
+    return planning.make_plan(user_ids, num_images, batch_size, of_user)
 
 
 def batches_of(plan):

@@ -16,7 +16,7 @@ from tests.checkpoints import model_flags
 from tests.jobs import play_processes, run_job, tree
 from tests.oracle import assert_parity, oracle_image, oracle_seed
 from userdiff.halting import Failed
-from userdiff.manifest import COLUMNS
+from userdiff.table import COLUMNS
 
 NUM_USERS = 5
 

@@ -1,7 +1,7 @@
 """What a dataset's folder holds, against what its records say."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ import numpy as np
 
 from userdiff import images, manifest
 from userdiff.config import id_range
-from userdiff.manifest import Item, Recipe, Row, Track
+from userdiff.manifest import Recipe, Track
 from userdiff.record import RECORD_NAME, RunRecord, folder_lock, lock_holder
+from userdiff.table import COLUMNS, Item, Row, Table
 
 FLAT_TOLERANCE = 1.5  # times the size of a black image's file, whose text may be longer
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 
+_NONE = np.zeros(0, np.uint32)
 
 # Status --------------------------------------------------------------------------------------------------------------
 
@@ -43,17 +45,28 @@ def read_status(output_dir: Path) -> Status:
     run_record = _record(output_dir)
     entry = _last_run(run_record)
     wanted = _wanted(run_record)
-    items = {
-        (row.user_id, row.image_index)
-        for row in _rows(output_dir, Recipe.of(run_record.identity, run_record.run))
-        if _size(output_dir / row.file_name) == row.num_bytes
-    }
-    done = Counter(user_id for user_id, image_index in items if image_index < wanted.get(user_id, 0))
-    failed = Counter(user_id for user_id, image_index in entry.get("failed", []) if (user_id, image_index) not in items)
+    rows = _rows(output_dir, Recipe.of(run_record.identity, run_record.run))
+    _keep_those_with_files(output_dir, rows)
+    done = _number_of(rows, wanted)
+    failed = Counter(user_id for user_id, index in entry.get("failed", []) if not rows.of_image(user_id, index))
     is_complete = sum(done.values()) == sum(wanted.values())
     state, detail = _state(entry, lock_holder(output_dir), is_complete=is_complete)
-    beyond = len(items) - sum(done.values())
+    beyond = len(rows) - sum(done.values())
     return Status(state=state, detail=detail, wanted=wanted, done=done, failed=failed, beyond=beyond)
+
+
+def _keep_those_with_files(output_dir: Path, rows: Table) -> None:
+    """Keep the rows for which there is a file of the row's size."""
+    folders = {folder.user_id: folder for folder in images.user_folders(output_dir)}
+    for user_id in rows.user_ids:
+        block, folder = rows.block(user_id), folders.get(user_id)
+        rows.keep(user_id, manifest.is_recorded(folder, block) if folder else np.zeros(len(block), bool))
+
+
+def _number_of(rows: Table, wanted: Mapping[int, int]) -> dict[int, int]:
+    """Count the rows of images that were asked for: user id -> how many."""
+    indices = rows.image_indices()
+    return {user_id: int((indices.get(user_id, _NONE) < number).sum()) for user_id, number in wanted.items()}
 
 
 def _state(entry: dict[str, Any], holder: str | None, *, is_complete: bool) -> tuple[str, str]:
@@ -90,15 +103,16 @@ def verify(output_dir: Path, *, deep: bool = False, track: Track = manifest.untr
     if run_record is None and not (output_dir / manifest.MANIFEST_NAME).is_file():
         raise ValueError(f"{output_dir} holds no dataset: neither {RECORD_NAME} nor {manifest.MANIFEST_NAME}")
     recipe = Recipe.of(run_record.identity, run_record.run) if run_record else None
-    files = list(images.user_files(output_dir))  # before the rows, which come after the files while a job runs
-    rows = {(row.user_id, row.image_index): row for row in _rows(output_dir, recipe)}
-    problems = [*_manifest_problems(output_dir, run_record), *_strangers(output_dir, files, rows)]
+    folders = list(images.user_folders(output_dir))  # before the rows, which come after the files while a job runs
+    rows = _rows(output_dir, recipe)
+    problems = [*_manifest_problems(output_dir, run_record), *_strangers(output_dir, folders, rows)]
     check = _deep_problem if deep else _problem
-    found = manifest.read_all(lambda row: check(output_dir, row), list(rows.values()))
-    problems += [problem for problem in track(found, len(rows)) if problem]
+    suspects = rows if deep else _without_files(folders, rows)
+    found = manifest.read_all(lambda row: check(output_dir, row), suspects)
+    problems += [problem for problem in track(found, len(suspects)) if problem]
     if run_record:
         wanted = _wanted(run_record)
-        recorded = Counter(user_id for user_id, image_index in rows if image_index < wanted.get(user_id, 0))
+        recorded = _number_of(rows, wanted)
         problems += [
             Problem("missing", f"user_{user_id:02d}", f"{number - recorded[user_id]} of {number} images have no row")
             for user_id, number in wanted.items()
@@ -119,16 +133,27 @@ def _manifest_problems(output_dir: Path, run_record: RunRecord | None) -> Iterat
             yield Problem("unmerged", part.name, "rows of an interrupted run")
 
 
-def _strangers(output_dir: Path, files: Iterable[Path], rows: dict[Item, Row]) -> Iterator[Problem]:
+def _without_files(folders: Iterable[images.UserFolder], rows: Table) -> list[Row]:
+    """Find the rows for which there was no file of the row's size."""
+    with_files = {folder.user_id: folder for folder in folders}
+    suspects: list[Row] = []
+    for user_id in rows.user_ids:
+        block, folder = rows.block(user_id), with_files.get(user_id)
+        has_file = manifest.is_recorded(folder, block) if folder else np.zeros(len(block), bool)
+        suspects += [row for index in block["image_index"][~has_file].tolist() for row in rows.of_image(user_id, index)]
+    return suspects
+
+
+def _strangers(output_dir: Path, folders: Iterable[images.UserFolder], rows: Table) -> Iterator[Problem]:
     """Find what no row speaks of: in user folders, and at the top what loaders would take for a class or an image."""
     is_running = lock_holder(output_dir) is not None
-    for path in files:
-        name = path.relative_to(output_dir).as_posix()
-        item = images.parse_file_name(name)
-        if item is None:
-            yield Problem("foreign", name, "not an image of a job")
-        elif item not in rows:
-            text = images.read_text_chunks(path)
+    recorded = rows.image_indices()
+    for folder in folders:
+        yield from (Problem("foreign", f"{folder.name}/{name}", "not an image of a job") for name in folder.others)
+        unrecorded = np.setdiff1d(folder.image_indices, recorded.get(folder.user_id, _NONE))
+        for image_index in unrecorded.tolist():
+            name = images.file_name(folder.user_id, image_index)
+            text = images.read_text_chunks(output_dir / name)
             if text is None:
                 yield Problem("changed", name, "no row in the manifest, and not a readable PNG")
             elif images.RUN_CHUNK not in text:
@@ -172,7 +197,7 @@ def _deep_problem(output_dir: Path, row: Row) -> Problem | None:
 # Merging, and what is seldom meant -----------------------------------------------------------------------------------
 
 
-def merge(output_dir: Path, track: Track = manifest.untracked) -> list[Row]:
+def merge(output_dir: Path, track: Track = manifest.untracked) -> Table:
     """Put an interrupted run's parts into the manifest, as the next run would; raises ValueError without a dataset."""
     _record(output_dir)
     with folder_lock(output_dir):
@@ -184,26 +209,23 @@ def merge(output_dir: Path, track: Track = manifest.untracked) -> list[Row]:
     return rows
 
 
-def flat_images(output_dir: Path, rows: Iterable[Row]) -> tuple[list[Item], set[Item]]:
+def flat_images(output_dir: Path, rows: Table) -> tuple[list[Item], set[Item]]:
     """Find the images of one single colour, and those among the small ones that cannot be read.
 
     Only files no larger than an image of one colour can be are opened.
     """
-    limits: dict[tuple[int, int], float] = {}
     flat: list[Item] = []
     broken: set[Item] = set()
-    for row in rows:
-        size = (row.width, row.height)
-        if size not in limits:
-            black = np.zeros((row.height, row.width, 4), np.uint8)
-            limits[size] = FLAT_TOLERANCE * len(images.encode_png(black, dict.fromkeys(manifest.COLUMNS[:6], "0" * 64)))
-        if row.num_bytes <= limits[size]:
+    for width, height in rows.sizes():
+        black = np.zeros((height, width, 4), np.uint8)
+        limit = FLAT_TOLERANCE * len(images.encode_png(black, dict.fromkeys(COLUMNS[:6], "0" * 64)))
+        for item in rows.smaller_than(width, height, limit):
             try:
-                if images.is_flat(output_dir / row.file_name):
-                    flat.append((row.user_id, row.image_index))
-            except OSError:
-                broken.add((row.user_id, row.image_index))
-    return flat, broken
+                if images.is_flat(output_dir / images.file_name(*item)):
+                    flat.append(item)
+            except OSError:  # noqa: PERF203 - opening a file takes far longer
+                broken.add(item)
+    return sorted(flat), broken
 
 
 def _record(output_dir: Path) -> RunRecord:
@@ -224,9 +246,13 @@ def _wanted(run_record: RunRecord) -> dict[int, int]:
     return dict.fromkeys(user_ids, entry.get("num_images_per_user", 0))
 
 
-def _rows(output_dir: Path, recipe: Recipe | None) -> Sequence[Row]:
-    sources = [output_dir / manifest.MANIFEST_NAME, *manifest.part_paths(output_dir)]
-    return [row for path in sources for row in manifest.read_rows(path) if recipe is None or recipe.agrees(row)]
+def _rows(output_dir: Path, recipe: Recipe | None) -> Table:
+    """Read what is recorded, a row an image; with a recipe, what agrees with it."""
+    rows = manifest.recorded_rows(output_dir)
+    for user_id in rows.user_ids:
+        if recipe:
+            rows.keep(user_id, recipe.agrees(user_id, rows.block(user_id)))
+    return rows.keep_best()
 
 
 def _size(path: Path) -> int | None:

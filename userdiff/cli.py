@@ -7,9 +7,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from userdiff.config import UsageError, parse_args
-from userdiff.halting import Halted, Stopped
+from userdiff.config import UsageError, parse_args, path
+from userdiff.halting import Halted, Interrupt, Stopped
 
 _LISTED = 20  # problems of a kind; --deep on a broken disk may find thousands
 _REMEDIES = {  # of what `verify` finds
@@ -42,16 +43,19 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True, dest="name")
     commands.add_parser("generate", help=_GENERATE_HELP)
 
-    def add(command: Callable[..., int], help_text: str) -> argparse.ArgumentParser:
+    def add(command: Callable[..., int], help_text: str, **options: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(command.__name__, help=help_text, description=command.__doc__)
-        sub.add_argument("output_dir", type=Path, help="a dataset's folder")
+        sub.add_argument("output_dir", type=Path, help="a dataset's folder", **options)
         sub.set_defaults(command=command)
         return sub
 
     add(status, "how far a dataset is, user by user, and how its last run ended")
     sub = add(verify, "compare a dataset's rows with its files; exit status 1 if anything is wrong")
     sub.add_argument("--deep", action="store_true", help="read, hash and decode every image, not only its size")
-    add(merge, "put an interrupted run's part files into manifest.csv, without making the rest")
+    sub = add(merge, "put an interrupted run's part files into manifest.csv; or join several jobs' datasets", nargs="+")
+    sub.add_argument(
+        "--into", type=path, metavar="DIR", help="join the datasets in this folder, by hard links where possible"
+    )
     sub = add(preview, "make preview.html again, and a picture of the dataset if asked for")
     sub.add_argument(
         "--picture", type=Path, help="also write this picture (.png, .jpg, .webp): one row of images per user"
@@ -141,12 +145,44 @@ def verify(output_dir: Path, deep: bool = False) -> int:
     return 1 if problems else 0
 
 
-def merge(output_dir: Path) -> int:
-    """Put an interrupted run's part files into manifest.csv, as the next run would, without making the rest."""
+def merge(output_dir: list[Path], into: Path | None = None) -> int:
+    """Put an interrupted run's part files into manifest.csv, as the next run would, without making the rest.
+
+    With --into: join the datasets of independent jobs, which may be interrupted, in one folder; they stay as they are.
+    """
     from userdiff import audit, manifest, progress
 
-    rows = audit.merge(output_dir, track=progress.show_reading)
-    print(f"{output_dir / manifest.MANIFEST_NAME}: {len(rows)} images")
+    if into is not None:
+        return _join(output_dir, into)
+    if len(output_dir) > 1:
+        raise ValueError(f"{len(output_dir)} folders; --into DIR says in which one to join them")
+    rows = audit.merge(output_dir[0], track=progress.show_reading)
+    print(f"{output_dir[0] / manifest.MANIFEST_NAME}: {len(rows)} images")
+    return 0
+
+
+def _join(sources: list[Path], into: Path) -> int:
+    from userdiff import images, joining, manifest, progress
+
+    try:
+        with Interrupt().listen() as interrupt:
+            joined = joining.join(sources, into, interrupt=interrupt, track=progress.show_reading)
+    except Halted as end:
+        line = f"userdiff merge: {'' if isinstance(end, Stopped) else 'error: '}{end}"
+        progress_made = f"{end.progress}, the same command goes on from there" if end.progress else ""
+        return _say_error(
+            f"{line}; {progress_made or 'nothing was changed, the same command starts again'}", end.exit_status
+        )
+    for text in joined.numerics:
+        print(f"Warning: {text}; images of one folder may differ from those of another in last bits", file=sys.stderr)
+    for folder, items in joined.left_out.items():
+        names = ", ".join(images.file_name(*item) for item in items[:_LISTED])
+        more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+        print(f"{folder}: {len(items)} images missing, damaged or of another run: {names}{more}")
+    added = f"{joined.num_linked} linked and {joined.num_copied} copied now"
+    print(f"{into / manifest.MANIFEST_NAME}: {joined.num_images} images, {added}")
+    if joined.num_missing:
+        print(f"{joined.num_missing} of those asked for are not there: `userdiff status {into}` says whose")
     return 0
 
 

@@ -17,8 +17,8 @@ from userdiff.acceleration import token_vectors
 from userdiff.config import JobConfig
 from userdiff.halting import Failed
 from userdiff.loading import JobModel
-from userdiff.manifest import Item
 from userdiff.planning import item_seed
+from userdiff.table import Item
 
 _POLL_SECONDS = 0.001
 

@@ -19,8 +19,9 @@ from userdiff.gallery import PREVIEW_NAME
 from userdiff.halting import Halted
 from userdiff.images import file_name
 from userdiff.loading import JobModel
-from userdiff.manifest import MANIFEST_NAME, Finished, Item, Row
+from userdiff.manifest import MANIFEST_NAME, Finished
 from userdiff.planning import Plan
+from userdiff.table import Item, Table
 
 _LISTED = 20  # images named one by one; more would bury what else is said
 _REFRESH_SECONDS = 0.2  # a DDIM step of a small model takes less, and need not ask the store each time
@@ -98,19 +99,22 @@ def _say_what_lies_beyond(plan: Plan, found: Finished) -> None:
     def is_beyond(item: Item) -> bool:
         return item[0] not in asked_for or item[1] >= plan.num_images_per_user
 
-    beyond = [row for row in found.rows if is_beyond((row.user_id, row.image_index))]
-    if beyond:
-        users = format_ids({row.user_id for row in beyond})
-        _say(f"Beyond this request: {count(len(beyond), 'image')} of users {users} are there too, and stay")
+    beyond = {
+        user_id: int((indices >= plan.num_images_per_user).sum()) if user_id in asked_for else len(indices)
+        for user_id, indices in found.rows.image_indices().items()
+    }
+    if any(beyond.values()):
+        users = format_ids(user_id for user_id, number in beyond.items() if number)
+        _say(f"Beyond this request: {count(sum(beyond.values()), 'image')} of users {users} are there too, and stay")
     _list("Warning", [item for item in found.lost if is_beyond(item)], "beyond this request and missing or damaged")
     again = [item for item in found.lost if not is_beyond(item)]
     _list("Note", again, "missing or damaged and made again")
 
 
-def _say_disk(output_dir: Path, model: JobModel, plan: Plan, rows: Sequence[Row]) -> None:
+def _say_disk(output_dir: Path, model: JobModel, plan: Plan, rows: Table) -> None:
     if not plan.num_waiting:
         return
-    size = sum(row.num_bytes for row in rows) / len(rows) if rows else model.uncompressed_bytes
+    size = rows.num_bytes() / len(rows) if rows else model.uncompressed_bytes
     about = "about" if rows else "at most"
     space = images.space(output_dir, plan.num_waiting, size)
     _say(f"Disk: {about} {_bytes(space.needed)} to write, {_bytes(space.free)} free")

@@ -35,7 +35,9 @@ T = TypeVar("T")
 def connect(interrupt: Interrupt | None = None, patience: int | None = None) -> "Coordinator":
     """Join the job as the process that the launcher says this is, or as the only one."""
     process_index, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    return Coordinator(partial(open_store, num_processes), process_index, num_processes, interrupt, patience)
+    machine, num_machines = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    open_own = partial(open_store, num_processes)
+    return Coordinator(open_own, process_index, num_processes, interrupt, patience, machine, num_machines)
 
 
 def open_store(num_processes: int) -> Store:
@@ -133,9 +135,13 @@ class Coordinator:
         num_processes: int,
         interrupt: Interrupt | None = None,
         patience: int | None = None,
+        machine: int = 0,
+        num_machines: int = 1,
     ) -> None:
         self.process_index = process_index
         self.num_processes = num_processes
+        self.machine = machine  # as the launcher numbers them: two launches may have one host name
+        self.num_machines = num_machines
         self.interrupt = interrupt or Interrupt()
         self._parent = os.getppid()
         self._watch = _Watch()
@@ -168,11 +174,12 @@ class Coordinator:
             self.halt(reason)
             raise
 
-    def halt(self, error: BaseException) -> None:
-        """Tell every process to end; the first reason given is the one that counts."""
+    def halt(self, error: BaseException, cause: str | None = None) -> None:
+        """Tell every process to end, of this cause or of an error here; the first reason given is the one that counts."""
+        here = f"process {self.process_index} on {socket.gethostname()}"
         reason = {
             "signal_number": error.signal_number if isinstance(error, Stopped) else None,
-            "cause": f"process {self.process_index} on {socket.gethostname()}: {error or type(error).__name__}",
+            "cause": cause or f"{here}: {error or type(error).__name__}",
             "exit_status": getattr(error, "exit_status", 1),
         }
         self._ask(lambda store: store.compare_set("halt", "", json.dumps(reason)))
@@ -186,6 +193,27 @@ class Coordinator:
                 gone = {other for other in others if self._watch.has_died(other, GONE_AFTER_PULSES)}
                 others -= gone | {other for other in others if self._ask(partial(_has_left, other))}
                 time.sleep(POLL_SECONDS)
+
+    # What all machines must see
+
+    def show(self, path: str) -> None:
+        """Name a file, and wait until a process of every other machine has seen it (main process)."""
+        self._ask(lambda store: store.set("shown", path))
+        seen = [f"seen/{machine}" for machine in range(1, self.num_machines)]
+        self._wait_until(lambda store: bool(store.check(seen)))
+
+    def wait_for_shown(self) -> str:
+        """Wait for the name of the file that the main process shows."""
+        self._wait_until(lambda store: bool(store.check(["shown"])))
+        return self._ask(lambda store: store.get("shown")).decode()
+
+    def say_seen(self) -> None:
+        """Say that a process of this machine has seen it."""
+        self._ask(lambda store: store.set(f"seen/{self.machine}", ""))
+
+    def main_host(self) -> str:
+        """Give the host name of the main process."""
+        return self._ask(lambda store: _host(store, 0))
 
     # The plan and its batches
 

@@ -7,8 +7,8 @@ from itertools import groupby
 from typing import Any
 
 from userdiff.config import format_ids
-from userdiff.manifest import Item, Row
 from userdiff.record import RunRecord, differences
+from userdiff.table import Item, Table
 
 _FAILED_LISTED = 100
 _CHARS = 300  # of a fact; a mapping of many users has more
@@ -23,9 +23,9 @@ def count(number: int, what: str, plural: str = "") -> str:
     return f"{number} {what if number == 1 else plural or what + 's'}"
 
 
-def notices(rows: Sequence[Row], run_record: RunRecord | None, ended: datetime | None = None) -> Iterator[str]:
+def notices(rows: Table, run_record: RunRecord | None, ended: datetime | None = None) -> Iterator[str]:
     """Tell what is not as it should be, a line each; `ended` as for `facts`."""
-    if any(row.conditioning == "random" for row in rows):
+    if any(rows.block(user_id)["is_random"].any() for user_id in rows.user_ids):
         yield "The condition encoder's weights were RANDOM: images do not show the users they are filed under."
     entry = _last_run(run_record)
     state = entry.get("state", "ended")
@@ -35,7 +35,7 @@ def notices(rows: Sequence[Row], run_record: RunRecord | None, ended: datetime |
         yield f"The last run did not come to its end: {_cut(str(state))}."
     with suppress(*_EDITED):
         failed = {(int(user_id), int(image_index)) for user_id, image_index in entry["failed"]}
-        failed -= {(row.user_id, row.image_index) for row in rows if failed}
+        failed = {item for item in failed if not rows.of_image(*item)}
         if failed:
             yield f"{count(len(failed), 'image')} failed in the last run: {_items(sorted(failed))}"
 

@@ -1,19 +1,20 @@
 """The output folder as a job finds and leaves it: locked, its record checked, started again, its history kept."""
 
 import errno
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from userdiff import console, images, manifest, record
+from userdiff import console, images, manifest, record, sharing
 from userdiff.config import JobConfig, UsageError, errors_of, format_ids
 from userdiff.coordination import Coordinator, restart_count
 from userdiff.gallery import PREVIEW_NAME
 from userdiff.halting import Failed, Halted, Interrupt, Stopped
 from userdiff.planning import Plan
 from userdiff.record import RunRecord
+from userdiff.table import Item
 
 LEAVE_SECONDS = 7.0  # for the others to write what they have computed, when a job ends early
 _BRIEF = 12  # characters of a value in a message
@@ -21,25 +22,30 @@ _BRIEF = 12  # characters of a value in a message
 
 @contextmanager
 def open_folder(
-    config: JobConfig, identity: dict[str, Any], user_ids: Collection[int], interrupt: Interrupt
+    config: JobConfig, identity: dict[str, Any], user_ids: Collection[int], coordinator: Coordinator
 ) -> Iterator[RunRecord | None]:
-    """Make the folder if needed, hold its lock, and give the record it has, if any.
+    """Make the folder if needed, hold its lock, have every machine see it, and give the record it has, if any.
 
     Raises UsageError where it holds images of another identity or of nobody knows what. With --overwrite those of
     a job are removed first, and all it recorded; a folder begun anew has no record.
     """
+    output_dir, interrupt = config.output_dir, coordinator.interrupt
     with ExitStack() as held:
         with errors_of("--output_dir"):
-            config.output_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(record.folder_lock(config.output_dir))
+            held.callback(_remove_empty, [path for path in (output_dir, *output_dir.parents) if not path.exists()])
+            output_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(record.folder_lock(output_dir))
             with interrupt.abandonable():
-                record.wait_for_writers(config.output_dir)
-        held.callback(_forget_writers, config.output_dir)
+                record.wait_for_writers(output_dir)
+        held.callback(_forget_writers, output_dir)
         if config.overwrite and restart_count() == 0:  # a restarted group goes on where the first one failed
-            _start_again(config, user_ids, interrupt)
-            yield None
+            old, own = None, _own_images(config, user_ids, interrupt)
         else:
-            yield _checked_record(config, identity, interrupt)
+            old, own = _checked_record(config, identity, interrupt), None
+        held.enter_context(sharing.shown(output_dir, coordinator))
+        if own is not None:
+            _start_again(config, own)
+        yield old
 
 
 def look_into(
@@ -61,6 +67,13 @@ def _checked_record(config: JobConfig, identity: dict[str, Any], interrupt: Inte
     else:
         _refuse_other_identity(config, old, identity)
     return old
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove what was made for a job that then wrote nothing."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _forget_writers(output_dir: Path) -> None:
@@ -107,9 +120,7 @@ def _brief(value: Any) -> str:
     return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."  # of a hash, enough to tell it from another
 
 
-def refuse_strangers(
-    config: JobConfig, user_ids: Collection[int], strangers: Collection[manifest.Item], flag: str
-) -> None:
+def refuse_strangers(config: JobConfig, user_ids: Collection[int], strangers: Collection[Item], flag: str) -> None:
     """Raise UsageError where an image of the job would take the place of one that no job is known to have made."""
     asked_for = set(user_ids)
     for user_id, image_index in strangers:
@@ -121,10 +132,9 @@ def refuse_strangers(
             )
 
 
-def _start_again(config: JobConfig, user_ids: Collection[int], interrupt: Interrupt) -> None:
-    """Remove what a job wrote, and nothing else."""
+def _start_again(config: JobConfig, own: Collection[Item]) -> None:
+    """Remove what a job wrote, these images and its records, and nothing else."""
     output_dir = config.output_dir
-    own = _own_images(config, user_ids, interrupt)
     with errors_of("--output_dir"):
         for item in own:
             (output_dir / images.file_name(*item)).unlink()
@@ -139,22 +149,24 @@ def _start_again(config: JobConfig, user_ids: Collection[int], interrupt: Interr
         (output_dir / record.RECORD_NAME).unlink(missing_ok=True)  # last: until then the folder is known for a job's
 
 
-def _own_images(config: JobConfig, user_ids: Collection[int], interrupt: Interrupt) -> list[manifest.Item]:
+def _own_images(config: JobConfig, user_ids: Collection[int], interrupt: Interrupt) -> list[Item]:
     """Find what a job wrote, by its records and by the images' own text chunks.
 
     Where a user's folder is a link to another place, only what is recorded is known to have been put there.
     """
     output_dir = config.output_dir
-    own: list[manifest.Item] = []
-    strangers: list[manifest.Item] = []
+    own: list[Item] = []
+    strangers: list[Item] = []
     with interrupt.abandonable():
         if not (output_dir / record.RECORD_NAME).exists():
             _refuse_foreign(output_dir)
-        believed, claims = manifest.recorded_rows(output_dir)
-        for item in images.image_files(output_dir):
-            path = output_dir / images.file_name(*item)
-            is_own = item in believed or item in claims or (not path.parent.is_symlink() and _explains_itself(path))
-            (own if is_own else strangers).append(item)
+        rows = manifest.recorded_rows(output_dir)
+        for user in images.user_folders(output_dir):
+            for image_index in user.image_indices.tolist():
+                item = (user.user_id, image_index)
+                path = output_dir / images.file_name(*item)
+                is_own = rows.of_image(*item) or (not path.parent.is_symlink() and _explains_itself(path))
+                (own if is_own else strangers).append(item)
     refuse_strangers(config, user_ids, strangers, "--overwrite")
     return own
 

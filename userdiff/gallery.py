@@ -7,16 +7,15 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib.resources import files
-from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
 
 from PIL import Image
 
-from userdiff import images, manifest
+from userdiff import manifest
 from userdiff.facts import count, facts, notices
-from userdiff.manifest import Row
 from userdiff.record import RunRecord
+from userdiff.table import Row, Table
 from userdiff.thumbnails import Thumbnail, make_thumbnail
 
 PREVIEW_NAME = "preview.html"
@@ -33,7 +32,7 @@ _GAP = 4  # pixels between the images of a picture
 
 
 def preview_page(
-    output_dir: Path, rows: Sequence[Row], run_record: RunRecord | None = None, ended: datetime | None = None
+    output_dir: Path, rows: Table, run_record: RunRecord | None = None, ended: datetime | None = None
 ) -> bytes:
     """Make the page of a dataset: the first images of its first users, and what its record tells of them.
 
@@ -41,21 +40,17 @@ def preview_page(
     those of the images, relative to it. An image that cannot be read is shown as such; nothing a folder or a record
     holds makes this fail.
 
-    rows: in the order of the manifest.
     ended: when the record's last run ended, where that is now and its entry does not say so yet.
     """
-    users: dict[int, list[Row]] = {}
-    for row in rows:
-        users.setdefault(row.user_id, []).append(row)
     template = files("userdiff").joinpath("preview_template.html").read_text(encoding="utf-8")
     told = facts(run_record, ended) if run_record else ()
     values = {
         "policy": _policy(template),
         "name": _escape(output_dir.resolve().name or "dataset"),
-        "summary": _escape(_summary(rows, len(users))),
+        "summary": _escape(_summary(rows)),
         "notices": "\n".join(f'<p class="notice">{_escape(text)}</p>' for text in notices(rows, run_record, ended)),
         "facts": "\n".join(f"<div><dt>{_escape(name)}</dt><dd>{_escape(text)}</dd></div>" for name, text in told),
-        "users": "\n".join(_user_sections(output_dir, list(users.items()))),
+        "users": "\n".join(_user_sections(output_dir, rows)),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template).encode()
 
@@ -77,33 +72,33 @@ def _escape(text: str) -> str:
     return html.escape(text.encode(errors="replace").decode())
 
 
-def _summary(rows: Sequence[Row], num_users: int) -> str:
-    sizes = sorted({(row.width, row.height) for row in rows})
+def _summary(rows: Table) -> str:
+    sizes = sorted(rows.sizes())
     size = " to ".join(f"{width} x {height}" for width, height in dict.fromkeys([*sizes[:1], *sizes[-1:]]))
-    return f"{count(len(rows), 'image')} of {count(num_users, 'user')}" + (f", {size} pixels" if size else "")
+    return f"{count(len(rows), 'image')} of {count(len(rows.user_ids), 'user')}" + (f", {size} pixels" if size else "")
 
 
-def _user_sections(output_dir: Path, users: Sequence[tuple[int, Sequence[Row]]]) -> Iterator[str]:
+def _user_sections(output_dir: Path, rows: Table) -> Iterator[str]:
     room = _IMAGE_BYTES
-    num_shown = sum(min(len(rows), IMAGES_SHOWN) for _, rows in users[:USERS_SHOWN])
+    users = {user_id: rows.of_user(user_id, IMAGES_SHOWN) for user_id in rows.user_ids[:USERS_SHOWN]}
+    num_shown = sum(map(len, users.values()))
     max_bytes = (_IMAGE_BYTES // max(num_shown, 1) - _TAG_BYTES) * 3 // 4  # base64 makes four bytes of three
 
     def thumbnail(row: Row) -> Thumbnail | None:
-        is_image = images.parse_file_name(row.file_name) == (row.user_id, row.image_index)  # and no path to elsewhere
-        return make_thumbnail(output_dir / row.file_name, max_bytes) if is_image else None
+        return make_thumbnail(output_dir / row.file_name, max_bytes)
 
-    for user_id, rows in users[:USERS_SHOWN]:
-        shown, tags = rows[:IMAGES_SHOWN], []
+    for user_id, shown in users.items():
+        tags, number = [], len(rows.block(user_id))
         for row, small in zip(shown, manifest.read_all(thumbnail, shown), strict=True):
             tag = _image_tag(row, small)
             if len(tag.encode()) <= room:
                 room -= len(tag.encode())
                 tags.append(tag)
-        if len(tags) < len(rows):
-            tags.append(f'<li class="more">and {len(rows) - len(tags)} more</li>')
-        yield _user_section(user_id, len(rows), tags)
-    if len(users) > USERS_SHOWN:
-        yield f'<p class="more">and {count(len(users) - USERS_SHOWN, "more user")}</p>'
+        if len(tags) < number:
+            tags.append(f'<li class="more">and {number - len(tags)} more</li>')
+        yield _user_section(user_id, number, tags)
+    if len(rows.user_ids) > USERS_SHOWN:
+        yield f'<p class="more">and {count(len(rows.user_ids) - USERS_SHOWN, "more user")}</p>'
 
 
 def _user_section(user_id: int, num_images: int, tags: Sequence[str]) -> str:
@@ -132,9 +127,9 @@ def _image_tag(row: Row, thumbnail: Thumbnail | None) -> str:
 # The picture ---------------------------------------------------------------------------------------------------------
 
 
-def contact_sheet(output_dir: Path, rows: Sequence[Row], columns: int, scale: int) -> Image.Image:
+def contact_sheet(output_dir: Path, rows: Table, columns: int, scale: int) -> Image.Image:
     """Put the first `columns` images of every user side by side, a row of the picture per user."""
-    users = [list(group)[:columns] for _, group in groupby(rows, lambda row: row.user_id)]
+    users = [rows.of_user(user_id, columns) for user_id in rows.user_ids]
     pictures = [[_enlarged(output_dir / row.file_name, scale) for row in user] for user in users]
     width = _GAP + max(sum(picture.width + _GAP for picture in line) for line in pictures)
     height = _GAP + sum(max(picture.height for picture in line) + _GAP for line in pictures)

@@ -6,7 +6,8 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-_FILE_NAME = re.compile(r"user_(\d{2,})/generated_(\d{3,})\.png")
+FOLDER_NAME = re.compile(r"user_(\d{2,})", re.ASCII)
+_IMAGE_NAME = re.compile(r"generated_(\d{3}|[1-9]\d{3,9})\.png", re.ASCII)
+MAX_IMAGE_INDEX = 2**32 - 1
+MAX_BYTES = 2**32 - 1  # of a file, as far as its size is told
 _TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-FOLDER_NAME = re.compile(r"user_\d{2,}")
 RUN_CHUNK = "userdiff_run"
 COMPRESS_LEVEL = 6
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -37,18 +40,58 @@ def file_name(user_id: int, image_index: int) -> str:
 
 def parse_file_name(name: str) -> tuple[int, int] | None:
     """Give the (user_id, image_index) that a relative path stands for; None where it is not an image of a job."""
-    match = _FILE_NAME.fullmatch(name)
-    item = (int(match[1]), int(match[2])) if match else (0, 0)
-    return item if item[0] >= 1 and file_name(*item) == name else None
+    folder, _, file = name.partition("/")
+    user_id, image_index = _user_id(folder), _image_index(file)
+    return (user_id, image_index) if user_id and image_index is not None else None
 
 
-def image_files(output_dir: Path) -> Iterator[tuple[int, int]]:
-    """Find the (user_id, image_index) of every image lying under its final name, in no order."""
-    for folder in output_dir.glob("user_*"):
-        for path in folder.iterdir() if folder.is_dir() else ():
-            item = parse_file_name(f"{folder.name}/{path.name}")
-            if item is not None and path.is_file():
-                yield item
+def _user_id(folder: str) -> int:
+    match = FOLDER_NAME.fullmatch(folder)
+    user_id = int(match[1]) if match else 0
+    return user_id if folder == f"user_{user_id:02d}" else 0
+
+
+def _image_index(file: str) -> int | None:
+    match = _IMAGE_NAME.fullmatch(file)
+    return int(match[1]) if match and int(match[1]) <= MAX_IMAGE_INDEX else None
+
+
+class UserFolder(NamedTuple):
+    """What lies in a user's folder."""
+
+    name: str
+    user_id: int
+    """0 where a job gives no folder such a name."""
+    image_indices: NDArray[np.uint32]
+    """[number] of the images lying under their final names, ascending; those of a user."""
+    num_bytes: NDArray[np.uint32]
+    """[number] of their files; MAX_BYTES stands for more too."""
+    others: list[str]
+    """Names of all else but temporaries."""
+
+
+def user_folders(output_dir: Path) -> Iterator[UserFolder]:
+    """Look through the user folders, in the order of their names, at the name and size of every file."""
+    for folder in sorted(output_dir.glob("user_*")):
+        if FOLDER_NAME.fullmatch(folder.name) and folder.is_dir():
+            yield _user_folder(folder)
+
+
+def _user_folder(folder: Path) -> UserFolder:
+    user_id, images, others = _user_id(folder.name), array("L"), []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            image_index = _image_index(entry.name) if user_id else None
+            try:
+                if image_index is not None and entry.is_file():
+                    images.extend((image_index, min(entry.stat().st_size, MAX_BYTES)))
+                elif not _TEMPORARY.fullmatch(entry.name):
+                    others.append(entry.name)
+            except FileNotFoundError:  # gone since
+                continue
+    found = np.array(images, dtype=np.uint32).reshape(-1, 2)
+    order = np.argsort(found[:, 0])
+    return UserFolder(folder.name, user_id, found[order, 0], found[order, 1], sorted(others))
 
 
 def user_files(output_dir: Path) -> Iterator[Path]:
@@ -122,8 +165,8 @@ def is_flat(path: Path) -> bool:
         return all(low == high for low, high in np.atleast_2d(image.getextrema()))
 
 
-def publish(path: Path, data: bytes, *, sync: bool = False) -> None:
-    """Put `data` under `path` in one step: whoever opens `path` sees all of it, or what was there before.
+def publish(path: Path, data: bytes | Iterable[bytes], *, sync: bool = False) -> None:
+    """Put `data`, or its pieces, under `path` in one step: whoever opens `path` sees all, or what was there before.
 
     With `sync` that is so after a power cut too.
 
@@ -133,7 +176,7 @@ def publish(path: Path, data: bytes, *, sync: bool = False) -> None:
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     try:
         with errors_naming(path), open(temporary, "xb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from PIL import Image
 from userdiff import manifest
 from userdiff.audit import IMAGE_SUFFIXES
 from userdiff.likeness import NEAR, Likeness, likeness, nearest
-from userdiff.manifest import Row, Track
+from userdiff.manifest import Track
 
 COPY_DIFFERENCE = 0.1  # the closest two of 4,400 handwritten digits have 0.11, noise of 4 levels makes 0.04
 FLAT_CONTRAST = 2.0  # levels of 255
@@ -101,7 +101,7 @@ def inspect(output_dir: Path, real_dir: Path | None = None, track: Track = manif
 
     real_dir: real images to compare with, in folders whose names end in a user's id.
     """
-    rows = _rows(output_dir)
+    rows = manifest.merged_rows(output_dir)
     real_files = _real_files(real_dir) if real_dir else []
     names = [row.file_name for row in rows]
     users = [row.user_id for row in rows]
@@ -129,11 +129,6 @@ def inspect(output_dir: Path, real_dir: Path | None = None, track: Track = manif
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
-
-
-def _rows(output_dir: Path) -> list[Row]:
-    rows = {(row.user_id, row.image_index): row for row in manifest.merged_rows(output_dir)}
-    return [rows[item] for item in sorted(rows)]
 
 
 def _real_files(real_dir: Path) -> list[tuple[int, Path]]:

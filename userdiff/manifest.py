@@ -2,53 +2,31 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from operator import attrgetter
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from userdiff import images
-from userdiff.planning import item_seed
+from userdiff.planning import item_seed, item_seeds
+from userdiff.table import BELIEVED, CLAIMED, FINISHED, HEADER, Item, Row, Table, is_last, slices
 
 MANIFEST_NAME = "manifest.csv"
 READER_THREADS = 8
 _PART_NAME = re.compile(r"manifest\.part-\d{5,}\.csv")
-CONDITIONINGS = ("trained", "random")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A finished image, in the order of the CSV's columns."""
-
-    file_name: str
-    """Relative to the dataset's folder, with `/`."""
-    user_id: int
-    image_index: int
-    seed: int
-    """Of this image: `torch.Generator().manual_seed(seed)` draws its noise."""
-    num_inference_steps: int
-    conditioning: str
-    """`trained`, or `random` where the condition encoder's weights were not those of the checkpoint."""
-    width: int
-    height: int
-    num_bytes: int
-    sha256: str
-    """Of the PNG file."""
-
-
-COLUMNS = tuple(field.name for field in fields(Row))
-_VALUES = attrgetter(*COLUMNS)
-_INTEGERS = frozenset(field.name for field in fields(Row) if field.type is int)
+_PIECE_BYTES = 2**20
 _SLICE = 1000
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 T = TypeVar("T")
 R = TypeVar("R")
-Item = tuple[int, int]
-"""(user_id, image_index)"""
+Images = dict[int, NDArray[np.integer]]
+"""User id -> image indices, ascending."""
 Track = Callable[[Iterable[Any], int], Iterable[Any]]
 """Passes on what it is given, showing how many of so many have come."""
 
@@ -105,14 +83,12 @@ class Recipe:
             sha256=sha256(png),
         )
 
-    def agrees(self, row: Row) -> bool:
-        """Whether a row is one this recipe gives: every field that the plan decides is as planned."""
-        return (
-            row.file_name == images.file_name(row.user_id, row.image_index)
-            and row.seed == item_seed(self.seed, row.user_id, row.image_index)
-            and row.num_inference_steps == self.num_inference_steps
-            and row.conditioning == self.conditioning
-        )
+    def agrees(self, user_id: int, block: NDArray[np.void]) -> NDArray[np.bool_]:
+        """Which rows of a user are those this recipe gives: [number] bool, every field that the plan decides as planned."""
+        is_as_planned: NDArray[np.bool_] = block["seed"] == item_seeds(self.seed, user_id, block["image_index"])
+        is_as_planned &= block["num_inference_steps"] == self.num_inference_steps
+        is_as_planned &= block["is_random"] == (self.conditioning == "random")
+        return is_as_planned
 
 
 def part_path(output_dir: Path, process_index: int) -> Path:
@@ -137,12 +113,12 @@ class PartWriter:
         self._path = path
         self._lock = Lock()  # rows come from several writer threads
         self._file = open(path, "w", encoding="utf-8", newline="")  # noqa: SIM115 - closed by __exit__
-        self._file.write(_line(COLUMNS))
+        self._file.write(HEADER)
 
     def append(self, row: Row) -> None:
         """Note a published image."""
         with self._lock, images.errors_naming(self._path):
-            self._file.write(_line(_VALUES(row)))
+            self._file.write(row.line)
             self._file.flush()
 
     def __enter__(self) -> "PartWriter":  # noqa: PYI034 - typing.Self is newer than Python 3.10
@@ -153,65 +129,34 @@ class PartWriter:
             self._file.close()
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Read the rows of a manifest or a part, passing over what is not a whole, well-formed row.
-
-    A job that was killed leaves a torn last line; an image whose row is lost is found again by its text chunks.
-    """
-    if not path.is_file():
-        return
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n") and (row := _parse(line)):
-            yield row
-
-
-def _parse(line: str) -> Row | None:
-    values = line.rstrip("\n").split(",")
-    if len(values) != len(COLUMNS) or '"' in line:
-        return None
-    try:
-        row = Row(*(int(v) if c in _INTEGERS else v for c, v in zip(COLUMNS, values, strict=True)))  # type: ignore[arg-type]
-    except ValueError:
-        return None
-    well_formed = row.conditioning in CONDITIONINGS and _SHA256.fullmatch(row.sha256) and _line(_VALUES(row)) == line
-    return row if well_formed and row.user_id >= 1 and row.image_index >= 0 else None
-
-
-def recorded_rows(
-    output_dir: Path, manifest_sha256: str | None = None, *, believe_parts: bool = False
-) -> tuple[dict[Item, Row], dict[Item, list[Row]]]:
-    """Read what is recorded of each image: the rows to be believed, and those that are claims.
+def recorded_rows(output_dir: Path, manifest_sha256: str | None = None, *, believe_parts: bool = False) -> Table:
+    """Read what is recorded of the images.
 
     A manifest that has the hash it was published with is believed; one that has not was damaged or edited. So are
     the parts of the run that asks; those of an interrupted one may stand for files that a power cut has emptied.
     """
-    believed: dict[Item, Row] = {}
-    claims: dict[Item, list[Row]] = {}
+    rows = Table()
     path = output_dir / MANIFEST_NAME
     is_believed = manifest_sha256 is not None and file_sha256(path) == manifest_sha256
     for source, is_sure in [(path, is_believed), *((part, believe_parts) for part in part_paths(output_dir))]:
-        for row in read_rows(source):
-            if is_sure:
-                believed[row.user_id, row.image_index] = row
-            else:
-                claims.setdefault((row.user_id, row.image_index), []).append(row)
-    return believed, claims
+        rows.read(source, BELIEVED if is_sure else CLAIMED)
+    return rows
 
 
-def merged_rows(output_dir: Path) -> list[Row]:
-    """Read a manifest; raises ValueError where it holds no row, saying what would help."""
-    rows = list(read_rows(output_dir / MANIFEST_NAME))
-    if not rows:
+def merged_rows(output_dir: Path) -> Table:
+    """Read a manifest, a row an image; raises ValueError where it holds none, saying what would help."""
+    rows = Table()
+    rows.read(output_dir / MANIFEST_NAME)
+    if not rows.keep_best():
         where = "; an interrupted run's rows are in part files, `userdiff merge` first" * bool(part_paths(output_dir))
         raise ValueError(f"{output_dir} holds no {MANIFEST_NAME} with images in it{where}")
     return rows
 
 
 class Finished(NamedTuple):
-    """What is there of a dataset, sorted by (user_id, image_index)."""
+    """What is there of a dataset."""
 
-    rows: list[Row]
+    rows: Table
     """One for every finished image."""
     lost: list[Item]
     """Images that were recorded, and are missing, damaged or changed."""
@@ -233,40 +178,68 @@ def find_finished(
     size. Any other file is read: it is finished if it has the size and hash that a row claims, or if it decodes whole
     and its text chunks are those the recipe gives it. `track` is shown the files that are read.
     """
-    believed, claims = recorded_rows(output_dir, manifest_sha256, believe_parts=believe_parts)
-    rows: dict[Item, Row] = {}
-    unproven: list[Item] = []
-    strangers: list[Item] = []
-    for item in images.image_files(output_dir):
-        row = believed.get(item)
-        if row and recipe.agrees(row) and row.num_bytes == (output_dir / row.file_name).stat().st_size:
-            rows[item] = row
-        else:
-            unproven.append(item)
-
-    def prove(item: Item) -> tuple[Row | None, bool]:
-        return _prove(output_dir, recipe, item, claims.get(item, ()))
-
-    for item, (row, is_strange) in zip(unproven, track(read_all(prove, unproven), len(unproven)), strict=True):
-        if row:
-            rows[item] = row
-        elif is_strange and item not in believed and item not in claims:
-            strangers.append(item)
-    recorded = [*believed.values(), *(row for of_item in claims.values() for row in of_item)]
-    lost = {(row.user_id, row.image_index) for row in recorded if recipe.agrees(row)} - rows.keys()
-    return Finished([rows[item] for item in sorted(rows)], sorted(lost), sorted(strangers))
+    rows = recorded_rows(output_dir, manifest_sha256, believe_parts=believe_parts)
+    unproven: Images = {}
+    for folder in images.user_folders(output_dir):
+        block = rows.block(folder.user_id)
+        is_finished = is_recorded(folder, block) & recipe.agrees(folder.user_id, block)
+        is_finished &= block["standing"] == BELIEVED
+        block["standing"][is_finished] = FINISHED
+        unproven[folder.user_id] = np.setdiff1d(folder.image_indices, block["image_index"][is_finished])
+    proven, strangers = Table(), []
+    for some in slices(_prove_all(output_dir, recipe, rows, unproven, track), _SLICE):
+        proven.extend(row for _, row, _ in some if row)
+        strangers += [item for item, _, is_strange in some if is_strange and not rows.of_image(*item)]
+    rows.join(proven)
+    lost = _keep_finished(rows, recipe)
+    return Finished(rows, sorted(lost), sorted(strangers))
 
 
-def finished_rows(output_dir: Path, recipe: Recipe, manifest_sha256: str | None = None, **options: Any) -> list[Row]:
+def is_recorded(folder: images.UserFolder, block: NDArray[np.void]) -> NDArray[np.bool_]:
+    """Which rows of a user, the best of their image, have a file of their size: [number] bool."""
+    at = np.searchsorted(folder.image_indices, block["image_index"])
+    has_file = at < len(folder.image_indices)
+    at = at[has_file]
+    has_file[has_file] = (folder.image_indices[at] == block["image_index"][has_file]) & (
+        folder.num_bytes[at] == block["num_bytes"][has_file]
+    )
+    return has_file & is_last(block)
+
+
+def _keep_finished(rows: Table, recipe: Recipe) -> list[Item]:
+    """Keep the finished rows; gives the images that only other rows speak of, which agree with the recipe."""
+    lost: list[Item] = []
+    for user_id in rows.user_ids:
+        block = rows.block(user_id)
+        is_finished = (block["standing"] == FINISHED) & is_last(block)
+        recorded = block["image_index"][recipe.agrees(user_id, block)]
+        lost += [(user_id, index) for index in np.setdiff1d(recorded, block["image_index"][is_finished]).tolist()]
+        rows.keep(user_id, is_finished)
+    return lost
+
+
+def finished_rows(output_dir: Path, recipe: Recipe, manifest_sha256: str | None = None, **options: Any) -> Table:
     """Collect the rows that `find_finished` finds."""
     return find_finished(output_dir, recipe, manifest_sha256, **options).rows
 
 
-def read_all(read: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+def read_all(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Read many files at once; a slice at a time, so that whoever stops listening waits for no more than that."""
     with ThreadPoolExecutor(READER_THREADS) as readers:
-        for start in range(0, len(items), _SLICE):
-            yield from readers.map(read, items[start : start + _SLICE])
+        for some in slices(items, _SLICE):
+            yield from readers.map(read, some)
+
+
+def _prove_all(
+    output_dir: Path, recipe: Recipe, rows: Table, unproven: Images, track: Track
+) -> Iterable[tuple[Item, Row | None, bool]]:
+    """Read files whose rows do not suffice, and give what `_prove` finds."""
+
+    def prove(item: Item) -> tuple[Item, Row | None, bool]:
+        return (item, *_prove(output_dir, recipe, item, rows.of_image(*item)))
+
+    items = ((user_id, index) for user_id, of_user in unproven.items() for index in of_user.tolist())
+    return track(read_all(prove, items), sum(map(len, unproven.values())))
 
 
 def _prove(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) -> tuple[Row | None, bool]:
@@ -275,7 +248,7 @@ def _prove(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) 
     try:
         data = path.read_bytes()
         for claim in claims:
-            if recipe.agrees(claim) and claim == recipe.row(*item, size=images.png_size(data), png=data):
+            if claim == recipe.row(*item, size=images.png_size(data), png=data):
                 return claim, False
         size, text = images.decode_png(data)
     except OSError:
@@ -288,17 +261,24 @@ def _prove(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) 
 def is_manifest(path: Path) -> bool:
     """Whether a file begins as a manifest does."""
     with open(path, "rb") as file:
-        return file.readline() in (b"", _line(COLUMNS).encode())
+        return file.readline() in (b"", HEADER.encode())
 
 
 def write_manifest(output_dir: Path, rows: Iterable[Row]) -> str:
     """Publish `manifest.csv` with these rows, then remove the parts that went into it; gives the file's SHA-256."""
     parts = part_paths(output_dir)
-    data = "".join([_line(COLUMNS), *(_line(_VALUES(row)) for row in rows)]).encode()
-    images.publish(output_dir / MANIFEST_NAME, data, sync=True)
+    digest = hashlib.sha256()
+
+    def pieces() -> Iterator[bytes]:
+        for lines in slices(chain([HEADER], (row.line for row in rows)), _SLICE):
+            piece = "".join(lines).encode()
+            digest.update(piece)
+            yield piece
+
+    images.publish(output_dir / MANIFEST_NAME, pieces(), sync=True)
     for path in parts:
         path.unlink(missing_ok=True)
-    return sha256(data)
+    return digest.hexdigest()
 
 
 def sha256(data: bytes) -> str:
@@ -308,8 +288,10 @@ def sha256(data: bytes) -> str:
 
 def file_sha256(path: Path) -> str | None:
     """Hash a file; None where there is none."""
-    return sha256(path.read_bytes()) if path.is_file() else None
-
-
-def _line(values: Iterable[object]) -> str:
-    return ",".join(map(str, values)) + "\n"  # no field of ours holds a comma or a quote
+    if not path.is_file():
+        return None
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

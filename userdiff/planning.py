@@ -3,9 +3,10 @@
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,11 @@ _GOLDEN_RATIO = 2654435769  # 2^32 / golden ratio: Fibonacci hashing, Knuth, TAO
 def item_seed(base_seed: int, user_id: int, image_index: int) -> int:
     """Seed of one image, in [0, 2^32): all that a torch CPU generator keeps. One to one within a user."""
     return (_user_seed(base_seed, user_id) + image_index) % 2**32
+
+
+def item_seeds(base_seed: int, user_id: int, image_indices: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Seeds of a user's images, as `item_seed` gives them: [number] image indices -> [number]."""
+    return (_user_seed(base_seed, user_id) + image_indices.astype(np.int64)) % 2**32
 
 
 @lru_cache(maxsize=4096)
@@ -69,17 +75,23 @@ class Plan:
     @cached_property
     def batches(self) -> NDArray[np.int64]:
         """[num_batches, batch_size] item numbers or PADDING: batch k takes the k-th waiting item of every seat."""
-        items = np.flatnonzero(self.waiting)
-        users, image_indices = np.divmod(items, self.num_images_per_user)
-        seat = seats(np.asarray(self.user_ids, dtype=np.int64)[users], image_indices, self.batch_size)
-        by_seat = np.argsort(seat, kind="stable")  # stable: within a seat, (user_id, image_index) order stays
+        items, seat = np.flatnonzero(self.waiting), self._waiting_seats()
         queue_lengths = np.bincount(seat, minlength=self.batch_size)
-        queue_starts = np.cumsum(queue_lengths) - queue_lengths
-        batch = np.empty_like(items)
-        batch[by_seat] = np.arange(len(items)) - np.repeat(queue_starts, queue_lengths)
         batches = np.full((int(queue_lengths.max(initial=0)), self.batch_size), PADDING, dtype=np.int64)
-        batches[batch, seat] = items
+        by_seat = np.argsort(seat, kind="stable")  # stable: within a seat, (user_id, image_index) order stays
+        ends = np.cumsum(queue_lengths)
+        for row, (end, length) in enumerate(zip(ends.tolist(), queue_lengths.tolist(), strict=True)):
+            batches[:length, row] = items[by_seat[end - length : end]]
         return batches
+
+    def _waiting_seats(self) -> NDArray[np.uint16]:
+        """Seats of the waiting items, user by user, so that no array but the answer has an entry for each item."""
+        of_users = [np.zeros(0, np.uint16)]
+        for user_id, waiting in zip(self.user_ids, self.waiting.reshape(len(self.user_ids), -1), strict=True):
+            image_indices = np.flatnonzero(waiting)
+            of_user = seats(np.full_like(image_indices, user_id), image_indices, self.batch_size)
+            of_users.append(of_user.astype(np.uint16))  # a batch has 65,536 rows at most
+        return np.concatenate(of_users)
 
     def to_bytes(self) -> bytes:
         """Pack the plan to travel: a bit an item, compressed."""
@@ -103,13 +115,17 @@ class Plan:
 
 
 def make_plan(
-    user_ids: Iterable[int], num_images_per_user: int, batch_size: int, done: Iterable[tuple[int, int]] = ()
+    user_ids: Iterable[int],
+    num_images_per_user: int,
+    batch_size: int,
+    done: Mapping[int, Sequence[int] | NDArray[np.integer]] = MappingProxyType({}),
 ) -> Plan:
-    """Plan `num_images_per_user` images for each user, less those already done."""
+    """Plan `num_images_per_user` images for each user, less those done: of which user, which images."""
     ascending = tuple(sorted(user_ids))
-    number_of = {user_id: number for number, user_id in enumerate(ascending)}
-    waiting = np.ones(len(ascending) * num_images_per_user, dtype=bool)
-    for user_id, image_index in done:
-        if user_id in number_of and image_index < num_images_per_user:
-            waiting[number_of[user_id] * num_images_per_user + image_index] = False
-    return Plan(user_ids=ascending, num_images_per_user=num_images_per_user, batch_size=batch_size, waiting=waiting)
+    waiting = np.ones((len(ascending), num_images_per_user), dtype=bool)
+    for number, user_id in enumerate(ascending):
+        made = np.asarray(done.get(user_id, ()), dtype=np.uint32)
+        waiting[number, made[made < num_images_per_user]] = False
+    return Plan(
+        user_ids=ascending, num_images_per_user=num_images_per_user, batch_size=batch_size, waiting=waiting.ravel()
+    )

@@ -10,9 +10,10 @@ from userdiff import computing
 from userdiff.config import DEFAULT_BATCH_SIZE, MAX_IMAGES_PER_USER, JobConfig, format_ids
 from userdiff.images import encode_png
 from userdiff.loading import JobModel
-from userdiff.manifest import Item, Recipe
+from userdiff.manifest import Recipe
 from userdiff.planning import seats
 from userdiff.record import RunRecord, differences
+from userdiff.table import Item
 
 
 def make_image(config: JobConfig, model: JobModel, user_id: int, image_index: int) -> bytes:

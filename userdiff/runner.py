@@ -26,15 +26,16 @@ from userdiff import (
     manifest,
     progress,
     record,
+    sharing,
 )
 from userdiff.acceleration import Compilation
 from userdiff.config import DEFAULT_BATCH_SIZE, JobConfig, UsageError, errors_of
 from userdiff.coordination import Coordinator
 from userdiff.halting import Halted, Interrupt
 from userdiff.loading import JobModel, load_model
-from userdiff.manifest import Item
 from userdiff.planning import PADDING, Plan, make_plan
 from userdiff.record import RunRecord
+from userdiff.table import Item, Table
 
 WRITER_THREADS = 4
 PENDING_BATCHES = 2  # waiting to be encoded and written while the next computes; more would only hold memory
@@ -51,6 +52,8 @@ def run(config: JobConfig) -> int:
         device = join_processes(config.device)
     try:
         with Interrupt().listen() as interrupt, coordination.connect(interrupt) as coordinator:
+            if not config.dry_run:
+                sharing.look_meanwhile(config.output_dir, coordinator)
             set_kernels(config.allow_tf32)
             precision = config.mixed_precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
             try:
@@ -100,6 +103,7 @@ def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
         return _rehearse(config, model, coordinator) if coordinator.is_main_process else 0
     if coordinator.is_main_process:
         return _run_main(config, model, coordinator)
+    sharing.look(config.output_dir, coordinator)
     run_hash, plan = coordinator.receive_plan()
     if run_hash != model.run:
         raise UsageError(
@@ -127,15 +131,15 @@ def _survey(
     config: JobConfig, model: JobModel, coordinator: Coordinator, old_record: RunRecord | None
 ) -> tuple[manifest.Finished, Plan, RunRecord, dict[str, Any]]:
     """Find what is done and plan the rest, and say so; with the record and the numerics of this run."""
-    found = manifest.Finished([], [], [])
+    found = manifest.Finished(Table(), [], [])
     if not (config.dry_run and config.overwrite):  # what that would remove is still there
         recipe = manifest.Recipe.of(model.identity, model.run)
         with coordinator.interrupt.abandonable():
             sha256 = old_record.manifest_sha256 if old_record else None
             found = manifest.find_finished(config.output_dir, recipe, sha256, track=progress.show_reading)
     numerics = _numerics(config, model, old_record)
-    done = [(row.user_id, row.image_index) for row in found.rows]
     wanted = _wanted(config, model)
+    done = found.rows.image_indices()
     plan = make_plan(wanted, config.num_images_per_user, numerics["batch_size"], done)
     folder.refuse_strangers(config, wanted, found.strangers, "--output_dir")
     run_record = folder.new_record(model.identity, numerics, old_record)
@@ -146,7 +150,7 @@ def _survey(
 def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
     recipe = manifest.Recipe.of(model.identity, model.run)
     wanted = _wanted(config, model)
-    with folder.open_folder(config, model.identity, wanted, coordinator.interrupt) as old_record:
+    with folder.open_folder(config, model.identity, wanted, coordinator) as old_record:
         found, plan, run_record, numerics = _survey(config, model, coordinator, old_record)
         images.remove_temporaries(config.output_dir)
         with errors_of("--output_dir"):
@@ -164,8 +168,8 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
             entry["published"] = coordinator.published()[0]
             rows, flat = _finished(config, recipe, run_record, coordinator)
             run_record.manifest_sha256 = manifest.write_manifest(config.output_dir, rows)
-            made = {(row.user_id, row.image_index) for row in rows}
-            entry["failed"] = [item for item in map(plan.item, range(plan.num_items)) if item not in made]
+            missing = make_plan(plan.user_ids, plan.num_images_per_user, plan.batch_size, rows.image_indices())
+            entry["failed"] = [missing.item(number) for number in missing.waiting.nonzero()[0].tolist()]
             with coordinator.interrupt.abandonable():
                 page = gallery.preview_page(config.output_dir, rows, run_record, ended=datetime.now(timezone.utc))
             images.publish(config.output_dir / gallery.PREVIEW_NAME, page)
@@ -176,13 +180,14 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
 
 def _finished(
     config: JobConfig, recipe: manifest.Recipe, run_record: RunRecord, coordinator: Coordinator
-) -> tuple[list[manifest.Row], list[Item]]:
+) -> tuple[Table, list[Item]]:
     """Collect the rows of what is there at the end of a run, and the images of one single colour among them."""
     with coordinator.interrupt.abandonable():
         sha256 = run_record.manifest_sha256
         rows = manifest.finished_rows(config.output_dir, recipe, sha256, believe_parts=True)
         flat, broken = audit.flat_images(config.output_dir, rows)
-    return [row for row in rows if (row.user_id, row.image_index) not in broken], flat
+    rows.remove(broken)
+    return rows, flat
 
 
 def _numerics(config: JobConfig, model: JobModel, old_record: RunRecord | None) -> dict[str, Any]:

@@ -1,0 +1,261 @@
+"""What a job does besides computing, by number of images: plan, scan, publish, claim, merge, status, verify.
+
+    python -m benchmarks.control_plane --num_images 100000 1000000
+    python -m benchmarks.control_plane --num_images 1000000 10000000 --without_files
+
+Each part runs in a process of its own, between bare loops that read the same files with nothing but the standard
+library, so that both feel the machine's mood. Memory is what the part's peak has over the process before it.
+Images are empty files; without files, what a walk would find is made up, and what needs the walk is left out.
+"""
+
+import argparse
+import csv
+import hashlib
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+
+from userdiff import audit, gallery, images, manifest, record
+from userdiff.manifest import Recipe
+from userdiff.planning import Plan, item_seed, make_plan
+from userdiff.table import BELIEVED, HEADER, Table
+
+NUM_USERS = 31
+BATCH_SIZE = 64
+IDENTITY = {"seed": 42, "num_inference_steps": 20}
+RECIPE = Recipe.of(IDENTITY, record.identity_hash(IDENTITY))
+NUM_PARTS = 8
+_CLAIMS = 20_000
+
+
+# A dataset of so many images -----------------------------------------------------------------------------------------
+
+
+def per_user(num_images: int) -> int:
+    """How many images of each user."""
+    return -(-num_images // NUM_USERS)
+
+
+def lines(num_images: int) -> Iterator[str]:
+    """Give the rows of a dataset, in order."""
+    for user_id in range(1, NUM_USERS + 1):
+        for index in range(per_user(num_images)):
+            name = images.file_name(user_id, index)
+            digest = hashlib.sha256(name.encode()).hexdigest()
+            yield f"{name},{user_id},{index},{item_seed(42, user_id, index)},20,trained,128,128,0,{digest}\n"
+
+
+def make_dataset(folder: Path, num_images: int, *, with_files: bool) -> None:
+    """Write a finished dataset; beside it, in `parts`, the rows as eight processes leave them."""
+    parts = folder / "parts"
+    parts.mkdir(parents=True)
+    with open(folder / manifest.MANIFEST_NAME, "w") as whole:
+        files = [open(manifest.part_path(parts, number), "w") for number in range(NUM_PARTS)]  # noqa: SIM115
+        for file in (whole, *files):
+            file.write(HEADER)
+        for number, line in enumerate(lines(num_images)):
+            whole.write(line)
+            files[number // BATCH_SIZE % NUM_PARTS].write(line)
+        for file in files:
+            file.close()
+    entry = {"state": "ended", "user_ids": f"1-{NUM_USERS}", "num_images_per_user": per_user(num_images), "failed": []}
+    run_record = record.RunRecord(identity=IDENTITY, numerics={"batch_size": BATCH_SIZE}, history=[entry])
+    run_record.manifest_sha256 = manifest.file_sha256(folder / manifest.MANIFEST_NAME)
+    (folder / record.RECORD_NAME).write_bytes(run_record.to_bytes())
+    for user_id in range(1, NUM_USERS + 1) if with_files else ():
+        (folder / f"user_{user_id:02d}").mkdir()
+        for index in range(per_user(num_images)):
+            os.close(os.open(folder / images.file_name(user_id, index), os.O_CREAT | os.O_WRONLY))
+
+
+def made_up_folders(num_images: int) -> Iterator[images.UserFolder]:
+    """Give what a walk would find."""
+    for user_id in range(1, NUM_USERS + 1):
+        indices = np.arange(per_user(num_images), dtype=np.uint32)
+        yield images.UserFolder(f"user_{user_id:02d}", user_id, indices, np.zeros_like(indices), [])
+
+
+# What is measured ----------------------------------------------------------------------------------------------------
+
+
+def bare_walk(folder: Path, num_images: int) -> None:
+    """Look at every file's size."""
+    for user in os.scandir(folder):
+        if user.name.startswith("user_"):
+            for file in os.scandir(user.path):
+                file.stat()
+
+
+def bare_csv(folder: Path, num_images: int) -> None:
+    """Read the manifest."""
+    with open(folder / manifest.MANIFEST_NAME, newline="") as file:
+        for _ in csv.reader(file):
+            pass
+
+
+def bare_sort(folder: Path, num_images: int) -> None:
+    """Read the parts, sort their rows, write a manifest."""
+    rows: list[list[str]] = []
+    for path in manifest.part_paths(folder / "parts"):
+        with open(path, newline="") as file:
+            rows += list(csv.reader(file))[1:]
+    rows.sort(key=lambda row: (int(row[1]), int(row[2])))
+    with open(folder / "parts" / "bare.csv", "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([HEADER.strip().split(","), *rows])
+
+
+def resume(folder: Path, num_images: int) -> None:
+    """Find what is done, plan what is left, freeze it."""
+    found = manifest.find_finished(folder, RECIPE, manifest.file_sha256(folder / manifest.MANIFEST_NAME))
+    plan = make_plan(range(1, NUM_USERS + 1), per_user(num_images), BATCH_SIZE, found.rows.image_indices())
+    if plan.num_waiting:
+        sys.exit(f"{plan.num_waiting} images were not found")
+    plan.to_bytes()
+
+
+def begin(folder: Path, num_images: int) -> None:
+    """Plan a dataset of which nothing is there, hand the plan over, and have a worker unpack it."""
+    plan = make_plan(range(1, NUM_USERS + 1), per_user(num_images), BATCH_SIZE)
+    if not len(Plan.from_bytes(plan.to_bytes()).batches):
+        sys.exit("nothing was planned")
+
+
+def merge(folder: Path, num_images: int) -> None:
+    """Read the parts, sort their rows, write a manifest."""
+    rows = Table()
+    for path in manifest.part_paths(folder / "parts"):
+        rows.read(path, BELIEVED)
+    target = folder / "merged"
+    target.mkdir(exist_ok=True)
+    digest = manifest.write_manifest(target, rows.keep_best())
+    if digest != manifest.file_sha256(folder / manifest.MANIFEST_NAME):
+        sys.exit("the merged manifest is another one")
+
+
+def status(folder: Path, num_images: int) -> None:
+    """Say how far it is."""
+    if audit.read_status(folder).state != "complete":
+        sys.exit("the dataset is not complete")
+
+
+def verify(folder: Path, num_images: int) -> None:
+    """Compare rows and files."""
+    problems = [problem for problem in audit.verify(folder) if problem.name not in {"parts", "merged"}]
+    if problems:
+        sys.exit(str(problems[:3]))
+
+
+def preview(folder: Path, num_images: int) -> None:
+    """Make the page."""
+    gallery.preview_page(folder, manifest.merged_rows(folder))
+
+
+def claim(folder: Path, num_images: int) -> None:
+    """Take batches from a store on this machine, as one process does."""
+    from torch.distributed import TCPStore
+
+    from userdiff.coordination import Coordinator
+
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def client() -> TCPStore:
+        return TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=10))
+
+    with Coordinator(client, process_index=0, num_processes=1) as coordinator:
+        for _ in range(_CLAIMS):
+            coordinator.next_batch()
+
+
+PARTS: dict[str, Callable[[Path, int], None]] = {
+    "bare walk, a stat each": bare_walk,
+    "bare csv read": bare_csv,
+    "bare read-sort-write": bare_sort,
+    "plan and freeze, nothing done": begin,
+    "scan, plan and freeze, all done": resume,
+    "merge": merge,
+    "status": status,
+    "verify": verify,
+    "preview": preview,
+    f"{_CLAIMS} claims": claim,
+}
+NEEDS_FILES = {"bare walk, a stat each", "preview"}
+TARGETS = [  # (of, against, at most)
+    ("scan, plan and freeze, all done", ("bare walk, a stat each", "bare csv read"), 1.5),
+    ("merge", ("bare read-sort-write",), 2.0),
+]
+
+
+def measure(name: str, folder: Path, num_images: int, *, with_files: bool) -> None:
+    """Run a part in this process; prints its seconds, and the bytes of its peak over what was there before."""
+    if not with_files:
+        images.user_folders = lambda output_dir: made_up_folders(num_images)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    PARTS[name](folder, num_images)
+    seconds = time.perf_counter() - started
+    print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def table_of(num_images: int, scratch: Path, *, with_files: bool, rounds: int) -> None:
+    """Measure every part, by turns, and print a table of the fastest of the rounds."""
+    folder = scratch / f"dataset-{num_images}"
+    started = time.perf_counter()
+    make_dataset(folder, num_images, with_files=with_files)
+    print(f"{num_images} images, made in {time.perf_counter() - started:.0f} s\n", file=sys.stderr, flush=True)
+    names = [name for name in PARTS if with_files or name not in NEEDS_FILES]
+    seconds: dict[str, float] = {}
+    memory: dict[str, float] = {}
+    for _ in range(rounds):
+        for name in names:
+            command = [sys.executable, "-m", "benchmarks.control_plane", "--part", name, "--folder", str(folder)]
+            command += ["--num_images", str(num_images), *["--without_files"] * (not with_files)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"{name}: {done.stderr}")
+            found, peak = map(float, done.stdout.split())
+            seconds[name] = min(found, seconds.get(name, found))
+            memory[name] = min(peak, memory.get(name, peak))
+    print(
+        f"| {num_images} images{'' if with_files else ', no files'} | seconds | microseconds an image | bytes an image |"
+    )
+    print("|---|---|---|---|")
+    for name in names:
+        print(
+            f"| {name} | {seconds[name]:.2f} | {1e6 * seconds[name] / num_images:.2f} | {memory[name] / num_images:.0f} |"
+        )
+    for name, bare, at_most in TARGETS:
+        if all(part in seconds for part in (name, *bare)):
+            ratio = seconds[name] / sum(seconds[part] for part in bare)
+            print(
+                f"\n{name} : {' + '.join(bare)} = {ratio:.2f}, target {at_most}: {'met' if ratio <= at_most else 'MISSED'}"
+            )
+    print(flush=True)
+
+
+def main() -> None:
+    """Measure; or, for one part, be measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_images", type=int, nargs="+", default=[1_000_000])
+    parser.add_argument("--without_files", action="store_true", help="make up what a walk of the folder finds")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where to make the datasets (default: a temporary folder)")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    with_files = not args.without_files
+    if args.part:
+        measure(args.part, args.folder, args.num_images[0], with_files=with_files)
+        return
+    for num_images in args.num_images:
+        with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+            table_of(num_images, Path(scratch), with_files=with_files, rounds=args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""The rows of manifests as arrays: ten million take half a gigabyte, and those of a user are compared at once."""
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from userdiff import images
+
+CONDITIONINGS = ("trained", "random")
+CLAIMED, BELIEVED, FINISHED = 1, 2, 3
+"""What a row is worth: it says so; who wrote it is known; its image is there."""
+_AT_ONCE = 10_000  # rows that are Python objects at a time
+
+RECORD = np.dtype(
+    [
+        ("image_index", "<u4"),
+        ("seed", "<u4"),
+        ("num_inference_steps", "<u4"),
+        ("is_random", "?"),
+        ("standing", "u1"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("num_bytes", "<u4"),
+        ("sha256", "V32"),
+    ]
+)
+"""A row of a known user, in 54 bytes. One with a number too large for it is not a job's."""
+_NONE = np.zeros(0, RECORD)
+
+_NUMBER = rb"(0|[1-9]\d{0,9})"
+_LINE = re.compile(
+    rb"user_(?=0\d/|[1-9]\d+/)0?([1-9]\d{0,17})/generated_(?=\d{3}\.|[1-9]\d{3,}\.)0{0,2}(0|[1-9]\d{0,9})\.png,\1,\2,"
+    + rb",".join([_NUMBER, _NUMBER, rb"(trained|random)", _NUMBER, _NUMBER, _NUMBER, rb"([0-9a-f]{64})"])
+    + rb"\r?\n"
+)
+
+T = TypeVar("T")
+Item = tuple[int, int]
+"""(user_id, image_index)"""
+
+
+class Row(NamedTuple):
+    """A finished image, in the order of the CSV's columns."""
+
+    file_name: str
+    """Relative to the dataset's folder, with `/`."""
+    user_id: int
+    image_index: int
+    seed: int
+    """Of this image: `torch.Generator().manual_seed(seed)` draws its noise."""
+    num_inference_steps: int
+    conditioning: str
+    """`trained`, or `random` where the condition encoder's weights were not those of the checkpoint."""
+    width: int
+    height: int
+    num_bytes: int
+    sha256: str
+    """Of the PNG file."""
+
+    @property
+    def line(self) -> str:
+        """The row as the CSV has it."""
+        return ",".join(map(str, self)) + "\n"  # no field of ours holds a comma or a quote
+
+
+COLUMNS = Row._fields
+HEADER = ",".join(COLUMNS) + "\n"
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Read the rows of a manifest or a part as they come, passing over what is not a whole, well-formed row.
+
+    A job that was killed leaves a torn last line; an image whose row is lost is found again by its text chunks.
+    """
+    for user_ids, records in _read_records(path, CLAIMED):
+        yield from map(_row, user_ids.tolist(), records.tolist())
+
+
+class Table:
+    """Rows by user and image. There may be several of an image, until `keep_best` is called."""
+
+    def __init__(self, rows: Iterable[Row] = (), standing: int = FINISHED) -> None:
+        self._blocks: dict[int, NDArray[np.void]] = {}  # with room for more: what was not written to takes no memory
+        self._lengths: dict[int, int] = {}
+        self._unsorted: set[int] = set()
+        self.extend(rows, standing)
+
+    def read(self, path: Path, standing: int = CLAIMED) -> None:
+        """Add the rows of a manifest or a part, as `read_rows` does."""
+        for user_ids, records in _read_records(path, standing):
+            self._add(user_ids, records)
+
+    def extend(self, rows: Iterable[Row], standing: int = FINISHED) -> None:
+        """Add rows."""
+        for some in slices(rows, _AT_ONCE):
+            user_ids = np.array([row.user_id for row in some])
+            self._add(user_ids, np.array([_record(row, standing) for row in some], RECORD))
+
+    def join(self, other: "Table") -> None:
+        """Add the rows of another table, as many as it holds."""
+        for user_id in other.user_ids:
+            self._append(user_id, other.block(user_id))
+
+    def _add(self, user_ids: NDArray[np.int64], records: NDArray[np.void]) -> None:
+        order = np.argsort(user_ids, kind="stable")
+        starts = np.flatnonzero(np.diff(user_ids[order], prepend=-1))
+        for of_user in np.split(order, starts[1:]):
+            self._append(int(user_ids[of_user[0]]), records[of_user])
+
+    def _append(self, user_id: int, records: NDArray[np.void]) -> None:
+        block, length = self._blocks.get(user_id, _NONE), self._lengths.get(user_id, 0)
+        end = length + len(records)
+        if end > len(block):
+            block = np.empty(max(end, 2 * len(block)), RECORD)
+            block[:length] = self._blocks.get(user_id, _NONE)[:length]
+            self._blocks[user_id] = block
+        block[length:end] = records
+        self._lengths[user_id] = end
+        self._unsorted.add(user_id)
+
+    @property
+    def user_ids(self) -> list[int]:
+        """Of whom there are rows, ascending."""
+        return sorted(user_id for user_id, length in self._lengths.items() if length)
+
+    def block(self, user_id: int) -> NDArray[np.void]:
+        """Give a user's rows: [number] RECORD by image, the last one of the highest standing last. Theirs, no copy."""
+        block = self._blocks.get(user_id, _NONE)[: self._lengths.get(user_id, 0)]
+        if user_id in self._unsorted:
+            self._unsorted.remove(user_id)
+            if not is_last(block).all() or (np.diff(block["image_index"].astype(np.int64)) < 0).any():
+                block[:] = block[np.lexsort((block["standing"], block["image_index"]))]
+        return block
+
+    def of_image(self, user_id: int, image_index: int) -> list[Row]:
+        """Give the rows of an image."""
+        block = self.block(user_id)
+        first, last = np.searchsorted(block["image_index"], [image_index, image_index + 1])
+        return [_row(user_id, record) for record in block[first:last].tolist()]
+
+    def keep(self, user_id: int, mask: NDArray[np.bool_]) -> None:
+        """Keep of a user's block what the mask says."""
+        if not mask.all():
+            kept = self.block(user_id)[mask]
+            self._blocks[user_id][: len(kept)] = kept
+            self._lengths[user_id] = len(kept)
+
+    def keep_best(self) -> "Table":
+        """Keep one row an image: the last of the highest standing."""
+        for user_id in self.user_ids:
+            self.keep(user_id, is_last(self.block(user_id)))
+        return self
+
+    def image_indices(self) -> dict[int, NDArray[np.uint32]]:
+        """Of which images there are rows: user id -> [number] ascending. The table's, no copy."""
+        return {user_id: self.block(user_id)["image_index"] for user_id in self.user_ids}
+
+    def num_bytes(self) -> int:
+        """Add up what all files take."""
+        return sum(int(self.block(user_id)["num_bytes"].sum(dtype=np.int64)) for user_id in self.user_ids)
+
+    def sizes(self) -> set[tuple[int, int]]:
+        """Which (width, height) the images have."""
+        found: set[tuple[int, int]] = set()
+        for user_id in self.user_ids:
+            found.update(np.unique(self.block(user_id)[["width", "height"]]).tolist())
+        return found
+
+    def smaller_than(self, width: int, height: int, limit: float) -> Iterator[Item]:
+        """Give the images of a size whose files are no larger than so many bytes."""
+        for user_id in self.user_ids:
+            block = self.block(user_id)
+            is_small = (block["width"] == width) & (block["height"] == height) & (block["num_bytes"] <= limit)
+            yield from ((user_id, image_index) for image_index in block["image_index"][is_small].tolist())
+
+    def remove(self, items: Iterable[Item]) -> None:
+        """Remove the rows of a few images."""
+        for user_id, image_index in items:
+            self.keep(user_id, self.block(user_id)["image_index"] != image_index)
+
+    def of_user(self, user_id: int, limit: int | None = None) -> list[Row]:
+        """Give a user's rows, or the first so many."""
+        return [_row(user_id, record) for record in self.block(user_id)[:limit].tolist()]
+
+    def __len__(self) -> int:
+        return sum(self._lengths.values())
+
+    def __iter__(self) -> Iterator[Row]:
+        for user_id in self.user_ids:
+            block = self.block(user_id)
+            for start in range(0, len(block), _AT_ONCE):
+                for record in block[start : start + _AT_ONCE].tolist():
+                    yield _row(user_id, record)
+
+
+def is_last(block: NDArray[np.void]) -> NDArray[np.bool_]:
+    """Which rows of a sorted block are the last of their image: [number] bool."""
+    return np.diff(block["image_index"].astype(np.int64), append=-1) != 0
+
+
+def slices(values: Iterable[T], number: int) -> Iterator[list[T]]:
+    """Take so many values at a time."""
+    left = iter(values)
+    while some := list(islice(left, number)):
+        yield some
+
+
+def _row(user_id: int, record: tuple[Any, ...]) -> Row:
+    image_index, seed, num_inference_steps, is_random, _, width, height, num_bytes, sha256 = record
+    return Row(
+        images.file_name(user_id, image_index),
+        user_id,
+        image_index,
+        seed,
+        num_inference_steps,
+        CONDITIONINGS[is_random],
+        width,
+        height,
+        num_bytes,
+        sha256.hex(),
+    )
+
+
+def _record(row: Row, standing: int) -> tuple[Any, ...]:
+    is_random, sha256 = row.conditioning == "random", bytes.fromhex(row.sha256)
+    size = (row.width, row.height, row.num_bytes)
+    return (row.image_index, row.seed, row.num_inference_steps, is_random, standing, *size, sha256)
+
+
+def _read_records(path: Path, standing: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.void]]]:
+    """Read a file, so many lines at a time: user ids, and RECORD."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        for lines in slices(file, _AT_ONCE):
+            matches = [match.groups() for match in map(_LINE.fullmatch, lines) if match]
+            if matches:
+                columns = dict(zip(COLUMNS[1:], zip(*matches, strict=True), strict=True))
+                yield _parsed(columns, standing)
+
+
+def _parsed(columns: dict[str, tuple[bytes, ...]], standing: int) -> tuple[NDArray[np.int64], NDArray[np.void]]:
+    records = np.zeros(len(columns["user_id"]), RECORD)
+    records["standing"] = standing
+    records["sha256"] = np.frombuffer(bytes.fromhex(b"".join(columns.pop("sha256")).decode()), "V32")
+    records["is_random"] = [conditioning == b"random" for conditioning in columns.pop("conditioning")]
+    numbers = {name: np.fromstring(b",".join(column).decode(), np.int64, sep=",") for name, column in columns.items()}
+    user_ids = numbers.pop("user_id")
+    fits = np.ones(len(records), bool)
+    for name, values in numbers.items():
+        fits &= values <= np.iinfo(RECORD[name]).max
+        records[name] = values
+    return user_ids[fits], records[fits]
