@@ -24,7 +24,7 @@ from unittest.mock import patch
 import torch
 from torch.distributed import TCPStore
 
-from userdiff import computing, coordination, images, runner
+from userdiff import computing, coordination, images, launcher, runner
 from userdiff.config import JobConfig, bundled_model
 from userdiff.planning import Plan, make_plan
 
@@ -80,7 +80,7 @@ def work(case: Case, output_dir: Path, *, is_static: bool) -> None:
     """Be one process of a case: wait until all are there, make images, and tell when it was done and how many."""
     with coordination.connect() as coordinator:
         index, plan = coordinator.process_index, case.plan()
-        store = coordination.open_store(coordinator.num_processes)
+        store = launcher.open_store()
         made = 0
 
         def sleep(config: object, model: object, items: Sequence[object], on_step: Callable[[], None]) -> object:

@@ -108,7 +108,7 @@ def test_a_process_that_leaves_by_an_exception_halts_the_others(processes, quick
 def test_a_signal_to_one_stops_all(processes, quick_pulse):
     told, main = Interrupt(), None
     store = HashStore()
-    with Coordinator(lambda: store, 1, 2, told) as worker:
+    with Coordinator(lambda: store, 1, 2, interrupt=told) as worker:
         (main, _) = processes(2, store)
         main.check()
         told.set(Stopped(signal.SIGTERM))

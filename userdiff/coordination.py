@@ -15,46 +15,33 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
-from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
-from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, Store
 
-from userdiff.halting import Failed, Halted, Interrupt, Stopped, launcher_is_gone
+from userdiff import launcher
+from userdiff.halting import Failed, Halted, Interrupt, Stopped
 
 POLL_SECONDS = 0.05
 PULSE_SECONDS = 1.0
 LOST_AFTER_PULSES = 60  # of our own: a process that was itself suspended has not waited
 GONE_AFTER_PULSES = 3  # of a process that has little else left to do but to leave
-CONNECT_TIMEOUT = timedelta(seconds=60)
 
 T = TypeVar("T")
 
 
 def connect(interrupt: Interrupt | None = None, patience: int | None = None) -> "Coordinator":
     """Join the job as the process that the launcher says this is, or as the only one."""
-    process_index, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    machine, num_machines = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    open_own = partial(open_store, num_processes)
-    return Coordinator(open_own, process_index, num_processes, interrupt, patience, machine, num_machines)
-
-
-def open_store(num_processes: int) -> Store:
-    """Open the job's store: in memory for one process, else on the launcher's own address and port.
-
-    The launcher's store outlives a group of processes that it restarts, so the restart count is part of every key.
-    """
-    if num_processes == 1:
-        return HashStore()
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(host, port, is_master=False, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
-    return PrefixStore(f"userdiff/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{restart_count()}", store)
-
-
-def restart_count() -> int:
-    """How often the launcher has restarted this group of processes after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return Coordinator(
+        launcher.open_store,
+        launcher.rank(),
+        launcher.world_size(),
+        launcher.machine(),
+        launcher.num_machines(),
+        interrupt=interrupt,
+        patience=patience,
+    )
 
 
 class _Watch:
@@ -133,14 +120,15 @@ class Coordinator:
         open_store: Callable[[], Store],
         process_index: int,
         num_processes: int,
-        interrupt: Interrupt | None = None,
-        patience: int | None = None,
         machine: int = 0,
         num_machines: int = 1,
+        *,
+        interrupt: Interrupt | None = None,
+        patience: int | None = None,
     ) -> None:
         self.process_index = process_index
         self.num_processes = num_processes
-        self.machine = machine  # as the launcher numbers them: two launches may have one host name
+        self.machine = machine
         self.num_machines = num_machines
         self.interrupt = interrupt or Interrupt()
         self._parent = os.getppid()
@@ -303,11 +291,12 @@ class Coordinator:
         """Tell why the store is gone: it lives and dies with the launcher, ours or that of the first machine."""
         deadline = time.monotonic() + 1  # its connections close a moment before its children become orphans
         while time.monotonic() < deadline:
-            if launcher_is_gone(self._parent):
+            if launcher.is_gone(self._parent):
                 return Stopped(signal.SIGTERM, is_alone=True)
             time.sleep(POLL_SECONDS)
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        return Failed(f"lost contact with the launcher on {address} ({str(error).splitlines()[0]})", is_alone=True)
+        return Failed(
+            f"lost contact with the launcher on {launcher.address()} ({str(error).splitlines()[0]})", is_alone=True
+        )
 
     def _pulse(self, store: Store) -> None:
         """Give a sign of life, look for one from the others and, until there is a reason to end, look out for one."""
@@ -322,7 +311,7 @@ class Coordinator:
                 self.interrupt.set(self._contact_lost(error))
 
     def _look_out(self, store: Store) -> None:
-        if launcher_is_gone(self._parent):
+        if launcher.is_gone(self._parent):
             self.interrupt.set(Stopped(signal.SIGTERM, is_alone=True))
         for other in self._watched:
             if self._watch.has_died(other, LOST_AFTER_PULSES) and not _has_left(other, store):

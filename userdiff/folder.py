@@ -7,9 +7,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from userdiff import console, images, manifest, record, sharing
+from userdiff import console, images, launcher, manifest, record, sharing
 from userdiff.config import JobConfig, UsageError, errors_of, format_ids
-from userdiff.coordination import Coordinator, restart_count
+from userdiff.coordination import Coordinator
 from userdiff.gallery import PREVIEW_NAME
 from userdiff.halting import Failed, Halted, Interrupt, Stopped
 from userdiff.planning import Plan
@@ -38,7 +38,7 @@ def open_folder(
             with interrupt.abandonable():
                 record.wait_for_writers(output_dir)
         held.callback(_forget_writers, output_dir)
-        if config.overwrite and restart_count() == 0:  # a restarted group goes on where the first one failed
+        if config.overwrite and launcher.restart_count() == 0:  # a restarted group goes on where the first one failed
             old, own = None, _own_images(config, user_ids, interrupt)
         else:
             old, own = _checked_record(config, identity, interrupt), None

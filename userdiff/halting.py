@@ -1,6 +1,5 @@
 """Why a job ends before it is done, and how the process that computes learns of it: signals, above all."""
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -111,8 +110,3 @@ def deadly_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def launcher_is_gone(parent_at_start: int) -> bool:
-    """Whether the launcher that started this process has died: nobody else would tell it to end."""
-    return "LOCAL_RANK" in os.environ and os.getppid() != parent_at_start

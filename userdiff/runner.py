@@ -23,6 +23,7 @@ from userdiff import (
     gallery,
     halting,
     images,
+    launcher,
     manifest,
     progress,
     record,
@@ -76,7 +77,7 @@ def join_processes(requested_device: str) -> torch.device:
     if requested_device == "cuda" and not has_cuda:
         raise UsageError("--device: no CUDA device is available here, use --device cpu")
     use_cpu = not has_cuda or (requested_device != "cuda" and parse_flag_from_env("ACCELERATE_USE_CPU"))
-    group = {"backend": "gloo", "timeout": JOIN_TIMEOUT} if torch.distributed.is_torchelastic_launched() else {}
+    group = launcher.process_group(JOIN_TIMEOUT) if torch.distributed.is_torchelastic_launched() else {}
     return PartialState(cpu=use_cpu or requested_device == "cpu", **group).device
 
 
