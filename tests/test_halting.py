@@ -1,11 +1,13 @@
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
-from userdiff.halting import Failed, Interrupt, Stopped, deadly_interrupt
+from userdiff.halting import Failed, Interrupt, Stopped, deadly_wait
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -71,9 +73,25 @@ def test_a_reason_that_comes_late_kills_nobody():
 
 def test_ctrl_c_is_deadly_only_for_a_while():
     before = signal.getsignal(signal.SIGINT)
-    with deadly_interrupt():
+    with deadly_wait(lambda: False):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is before
+
+
+IN_A_WAIT_THAT_HEARS_NO_SIGNAL = """
+import ctypes, signal, sys
+from userdiff.halting import deadly_wait
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+with deadly_wait(lambda: True):
+    mutex = ctypes.create_string_buffer(256)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+def test_an_orphan_does_not_wait_for_others_to_join():
+    process = subprocess.run([sys.executable, "-c", IN_A_WAIT_THAT_HEARS_NO_SIGNAL], timeout=20, check=False)
+    assert process.returncode == -signal.SIGTERM
 
 
 def be_signalled():

@@ -1,8 +1,9 @@
 """Why a job ends before it is done, and how the process that computes learns of it: signals, above all."""
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -103,10 +104,19 @@ class Interrupt:
 
 
 @contextmanager
-def deadly_interrupt() -> Iterator[None]:
-    """Let Ctrl-C end the process at once, where a wait inside torch would hold a KeyboardInterrupt back."""
+def deadly_wait(is_orphan: Callable[[], bool]) -> Iterator[None]:
+    """Let Ctrl-C, or having become an orphan, end the process at once: a wait inside torch would hear of neither."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(1):
+            if is_orphan():
+                os.kill(os.getpid(), signal.SIGTERM)
+
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=watch, name="orphan", daemon=True).start()
     try:
         yield
     finally:
+        over.set()
         signal.signal(signal.SIGINT, before)

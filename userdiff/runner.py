@@ -1,5 +1,6 @@
 """One process's way through a job: load, plan (the main process), compute and write batches, merge. Orchestration."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
@@ -49,7 +50,7 @@ def run(config: JobConfig) -> int:
     Raises UsageError for a wrong model or output folder, Halted when a signal, the disk or another process ended the
     job.
     """
-    with halting.deadly_interrupt():
+    with halting.deadly_wait(partial(launcher.is_gone, os.getppid())):
         device = join_processes(config.device)
     try:
         with Interrupt().listen() as interrupt, coordination.connect(interrupt) as coordinator:

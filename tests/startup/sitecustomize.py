@@ -1,5 +1,6 @@
-"""Has the processes of tests start without transformers, which diffusers takes seconds to import and no job uses."""
+"""Has the processes of tests start without what diffusers takes seconds to import where it is, and no job uses."""
 
 import sys
 
-sys.modules["transformers"] = None  # type: ignore[assignment] # as where it is not installed
+for name in ("transformers", "scipy"):
+    sys.modules[name] = None  # type: ignore[assignment] # as where it is not installed
