@@ -80,7 +80,7 @@ def made_up_folders(num_images: int) -> Iterator[images.UserFolder]:
     """Give what a walk would find."""
     for user_id in range(1, NUM_USERS + 1):
         indices = np.arange(per_user(num_images), dtype=np.uint32)
-        yield images.UserFolder(f"user_{user_id:02d}", user_id, indices, np.zeros_like(indices), [])
+        yield images.UserFolder(f"user_{user_id:02d}", user_id, indices, np.full_like(indices, 0), [])
 
 
 # What is measured ----------------------------------------------------------------------------------------------------

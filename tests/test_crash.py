@@ -59,7 +59,10 @@ class Death:
 
 @pytest.fixture(scope="module")
 def death():
-    return Death()
+    gc.collect()
+    gc.freeze()  # what is there by now is not looked through again by each `gc.collect`
+    yield Death()
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ def test_line_ends_of_another_system_are_read(tmp_path):
     ("name", "value"),
     [
         ("seed", 2**32),
-        ("num_inference_steps", 2**32),
+        ("num_inference_steps", 2**16),
         ("width", 2**16),
         ("height", 2**16),
         ("num_bytes", 2**32),

@@ -4,7 +4,7 @@ import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from userdiff import manifest, record
 from userdiff.manifest import Finished, Recipe, Track
@@ -12,7 +12,6 @@ from userdiff.record import RECORD_NAME, RunRecord
 from userdiff.table import Item, Row, Table
 
 _LISTED = 8  # fields in which two identities differ
-_BRIEF = 12  # characters of a value in a message
 
 
 class Dataset(NamedTuple):
@@ -89,7 +88,7 @@ def read_records(sources: Sequence[Path], into: Path) -> dict[Path, RunRecord]:
     for path, other in records.items():
         if other.run != begun.run:
             changed = (
-                f"{name} is {_brief(before)} in {first}, {_brief(after)} in {path}"
+                f"{name} is {record.brief(before)} in {first}, {record.brief(after)} in {path}"
                 for name, before, after in record.differences(begun.identity, other.identity)
             )
             raise ValueError(
@@ -97,11 +96,6 @@ def read_records(sources: Sequence[Path], into: Path) -> dict[Path, RunRecord]:
                 "with the same flags can be joined, but for users and numbers of images"
             )
     return records
-
-
-def _brief(value: Any) -> str:
-    text = "default" if value is None else str(value)
-    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."  # of a hash, enough to tell it from another
 
 
 def _listed(texts: Iterable[str]) -> str:

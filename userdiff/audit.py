@@ -57,10 +57,13 @@ def read_status(output_dir: Path) -> Status:
 
 def _keep_those_with_files(output_dir: Path, rows: Table) -> None:
     """Keep the rows for which there is a file of the row's size."""
-    folders = {folder.user_id: folder for folder in images.user_folders(output_dir)}
-    for user_id in rows.user_ids:
-        block, folder = rows.block(user_id), folders.get(user_id)
-        rows.keep(user_id, manifest.is_recorded(folder, block) if folder else np.zeros(len(block), bool))
+    without = set(rows.user_ids)
+    for folder in images.user_folders(output_dir):
+        if folder.user_id in without:
+            without.remove(folder.user_id)
+            rows.keep(folder.user_id, manifest.is_recorded(folder, rows.block(folder.user_id)))
+    for user_id in without:
+        rows.keep(user_id, np.zeros(len(rows.block(user_id)), bool))
 
 
 def _number_of(rows: Table, wanted: Mapping[int, int]) -> dict[int, int]:

@@ -1,9 +1,8 @@
 """The output folder as a job finds and leaves it: locked, its record checked, started again, its history kept."""
 
 import errno
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from userdiff.record import RunRecord
 from userdiff.table import Item
 
 LEAVE_SECONDS = 7.0  # for the others to write what they have computed, when a job ends early
-_BRIEF = 12  # characters of a value in a message
 
 
 @contextmanager
@@ -32,8 +30,7 @@ def open_folder(
     output_dir, interrupt = config.output_dir, coordinator.interrupt
     with ExitStack() as held:
         with errors_of("--output_dir"):
-            held.callback(_remove_empty, [path for path in (output_dir, *output_dir.parents) if not path.exists()])
-            output_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(record.made_folder(output_dir))
             held.enter_context(record.folder_lock(output_dir))
             with interrupt.abandonable():
                 record.wait_for_writers(output_dir)
@@ -69,13 +66,6 @@ def _checked_record(config: JobConfig, identity: dict[str, Any], interrupt: Inte
     return old
 
 
-def _remove_empty(folders: Iterable[Path]) -> None:
-    """Remove what was made for a job that then wrote nothing."""
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-
 def _forget_writers(output_dir: Path) -> None:
     with suppress(ValueError, OSError):  # one may be at it still: the next job will wait for it
         record.wait_for_writers(output_dir, seconds=0)
@@ -108,16 +98,13 @@ def _refuse_foreign(output_dir: Path, run: str | None = None) -> None:
 def _refuse_other_identity(config: JobConfig, old: RunRecord, identity: dict[str, Any]) -> None:
     changed = list(record.differences(old.identity, identity))
     if changed:
-        fields = "; ".join(f"{name} was {_brief(before)}, is {_brief(after)}" for name, before, after in changed)
+        fields = "; ".join(
+            f"{name} was {record.brief(before)}, is {record.brief(after)}" for name, before, after in changed
+        )
         raise UsageError(
             f"--output_dir: {config.output_dir} holds images made otherwise ({fields}); use another folder, or start "
             "again with --overwrite"
         )
-
-
-def _brief(value: Any) -> str:
-    text = "default" if value is None else str(value)
-    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."  # of a hash, enough to tell it from another
 
 
 def refuse_strangers(config: JobConfig, user_ids: Collection[int], strangers: Collection[Item], flag: str) -> None:
@@ -194,7 +181,7 @@ def history_entry(
     entry = _new_entry(numerics, plan, coordinator)
 
     def publish(state: str) -> None:
-        entry["state"], entry["ended"] = state, None if state == "running" else _now()
+        entry["state"], entry["ended"] = state, None if state == "running" else record.now()
         images.publish(config.output_dir / record.RECORD_NAME, run_record.to_bytes(), sync=True)
 
     def note_early_end(error: BaseException) -> None:
@@ -225,7 +212,7 @@ def history_entry(
 
 def _new_entry(numerics: dict[str, Any], plan: Plan, coordinator: Coordinator) -> dict[str, Any]:
     return {
-        "started": _now(),
+        "started": record.now(),
         "ended": None,
         "state": "running",
         "cause": None,
@@ -249,7 +236,3 @@ def disk_failure(error: OSError) -> Failed:
     }.get(error.errno or 0, "see to the disk")
     where = f" ({error.filename})" if error.filename else ""
     return Failed(f"--output_dir: {error.strerror or error}{where}, {remedy}")
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

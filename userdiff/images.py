@@ -78,7 +78,7 @@ def user_folders(output_dir: Path) -> Iterator[UserFolder]:
 
 
 def _user_folder(folder: Path) -> UserFolder:
-    user_id, images, others = _user_id(folder.name), array("L"), []
+    user_id, images, others = _user_id(folder.name), array("I"), []
     with os.scandir(folder) as entries:
         for entry in entries:
             image_index = _image_index(entry.name) if user_id else None
@@ -89,7 +89,7 @@ def _user_folder(folder: Path) -> UserFolder:
                     others.append(entry.name)
             except FileNotFoundError:  # gone since
                 continue
-    found = np.array(images, dtype=np.uint32).reshape(-1, 2)
+    found = np.frombuffer(images, np.uintc).astype(np.uint32, copy=False).reshape(-1, 2)
     order = np.argsort(found[:, 0])
     return UserFolder(folder.name, user_id, found[order, 0], found[order, 1], sorted(others))
 

@@ -3,7 +3,7 @@
 import errno
 import os
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -57,8 +57,7 @@ def join(
     sources = agreement.distinct_folders(sources, into)
     agreement.read_records(sources, into)  # before a lock would leave its file in what is no dataset
     with ExitStack() as held:
-        held.callback(_remove_empty, [path for path in (into, *into.parents) if not path.exists()])
-        into.mkdir(parents=True, exist_ok=True)
+        held.enter_context(record.made_folder(into))
         for path in sorted([*sources, into], key=Path.resolve):
             held.enter_context(record.folder_lock(path) if path == into else _held(path))
         with interrupt.abandonable():
@@ -102,7 +101,7 @@ def _joined_record(records: Mapping[Path, RunRecord], sources: Collection[Path])
     last = [one.history[-1] for one in records.values() if one.history]
     wanted = [_wanted(entry) for entry in last]
     entry = {
-        "started": _now(),
+        "started": record.now(),
         "ended": None,
         "state": "running",
         "cause": None,
@@ -125,7 +124,7 @@ def _last_entry(plan: Plan, run_record: RunRecord) -> Iterator[None]:
     entry = run_record.history[-1]
 
     def publish(state: str) -> None:
-        entry["state"], entry["ended"] = state, None if state == "running" else _now()
+        entry["state"], entry["ended"] = state, None if state == "running" else record.now()
         images.publish(plan.into / RECORD_NAME, run_record.to_bytes(), sync=True)
 
     try:
@@ -218,14 +217,3 @@ def _wanted(entry: Mapping[str, Any]) -> tuple[set[int], int]:
     """Read off a run's entry which users it was asked for, and how many images of each."""
     users = {user_id for text in entry.get("user_ids", "").split() for user_id in id_range(text)}
     return users, entry.get("num_images_per_user", 0)
-
-
-def _remove_empty(folders: Iterable[Path]) -> None:
-    """Remove the folders that were made for a dataset, where none came of it."""
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -7,8 +7,9 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +20,7 @@ LOCK_NAME = ".userdiff.lock"
 WRITERS_NAME = ".userdiff.writers"
 WRITERS_SECONDS = 15.0  # for those of a job that was just killed to go
 LOCK_SECONDS = 1.0  # whoever just looks whether a folder is held has it for an instant
+_BRIEF = 12  # characters of a value in a message
 
 
 @dataclass(kw_only=True)
@@ -89,6 +91,30 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             yield from differences(before, after, f"{prefix}{name}.")
         elif before != after:
             yield f"{prefix}{name}", before, after
+
+
+def brief(value: Any) -> str:
+    """Show a field's value in a message: of a hash, enough to tell it from another."""
+    text = "default" if value is None else str(value)
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."
+
+
+def now() -> str:
+    """Give the time as the history notes it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """Make a folder where there is none, and remove it at the end if it is still empty."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The rows of manifests as arrays: ten million take half a gigabyte, and those of a user are compared at once."""
 
+import mmap
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -20,7 +21,7 @@ RECORD = np.dtype(
     [
         ("image_index", "<u4"),
         ("seed", "<u4"),
-        ("num_inference_steps", "<u4"),
+        ("num_inference_steps", "<u2"),
         ("is_random", "?"),
         ("standing", "u1"),
         ("width", "<u2"),
@@ -29,7 +30,7 @@ RECORD = np.dtype(
         ("sha256", "V32"),
     ]
 )
-"""A row of a known user, in 54 bytes. One with a number too large for it is not a job's."""
+"""A row of a known user, in 52 bytes. One with a number too large for it is not a job's."""
 _NONE = np.zeros(0, RECORD)
 
 _NUMBER = rb"(0|[1-9]\d{0,9})"
@@ -85,7 +86,7 @@ class Table:
     """Rows by user and image. There may be several of an image, until `keep_best` is called."""
 
     def __init__(self, rows: Iterable[Row] = (), standing: int = FINISHED) -> None:
-        self._blocks: dict[int, NDArray[np.void]] = {}  # with room for more: what was not written to takes no memory
+        self._blocks: dict[int, NDArray[np.void]] = {}  # with room for more
         self._lengths: dict[int, int] = {}
         self._unsorted: set[int] = set()
         self.extend(rows, standing)
@@ -116,7 +117,7 @@ class Table:
         block, length = self._blocks.get(user_id, _NONE), self._lengths.get(user_id, 0)
         end = length + len(records)
         if end > len(block):
-            block = np.empty(max(end, 2 * len(block)), RECORD)
+            block = _room_for(max(end, 2 * len(block)))
             block[:length] = self._blocks.get(user_id, _NONE)[:length]
             self._blocks[user_id] = block
         block[length:end] = records
@@ -196,6 +197,11 @@ class Table:
             for start in range(0, len(block), _AT_ONCE):
                 for record in block[start : start + _AT_ONCE].tolist():
                     yield _row(user_id, record)
+
+
+def _room_for(number: int) -> NDArray[np.void]:
+    """Make a block in pages of its own: they take memory only once written to, and leave no hole behind."""
+    return np.frombuffer(mmap.mmap(-1, number * RECORD.itemsize), RECORD)
 
 
 def is_last(block: NDArray[np.void]) -> NDArray[np.bool_]:
