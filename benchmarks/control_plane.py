@@ -1,4 +1,4 @@
-"""What a job does besides computing, by number of images: plan, scan, publish, claim, merge, status, verify.
+"""What a job does once for all its images, by their number: plan, scan, freeze, merge, status, verify, the page.
 
     python -m benchmarks.control_plane --num_images 100000 1000000
     python -m benchmarks.control_plane --num_images 1000000 10000000 --without_files
@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,6 @@ BATCH_SIZE = 64
 IDENTITY = {"seed": 42, "num_inference_steps": 20}
 RECIPE = Recipe.of(IDENTITY, record.identity_hash(IDENTITY))
 NUM_PARTS = 8
-_CLAIMS = 20_000
 
 
 # A dataset of so many images -----------------------------------------------------------------------------------------
@@ -158,22 +156,6 @@ def preview(folder: Path, num_images: int) -> None:
     gallery.preview_page(folder, manifest.merged_rows(folder))
 
 
-def claim(folder: Path, num_images: int) -> None:
-    """Take batches from a store on this machine, as one process does."""
-    from torch.distributed import TCPStore
-
-    from userdiff.coordination import Coordinator
-
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-    def client() -> TCPStore:
-        return TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=10))
-
-    with Coordinator(client, process_index=0, num_processes=1) as coordinator:
-        for _ in range(_CLAIMS):
-            coordinator.next_batch()
-
-
 PARTS: dict[str, Callable[[Path, int], None]] = {
     "bare walk, a stat each": bare_walk,
     "bare csv read": bare_csv,
@@ -184,7 +166,6 @@ PARTS: dict[str, Callable[[Path, int], None]] = {
     "status": status,
     "verify": verify,
     "preview": preview,
-    f"{_CLAIMS} claims": claim,
 }
 NEEDS_FILES = {"bare walk, a stat each", "preview"}
 TARGETS = [  # (of, against, at most)

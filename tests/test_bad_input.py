@@ -222,7 +222,7 @@ USERS = {
     "user_ids above those of the bundled model": Bad(
         "--user_ids 11", "--user_ids", "11 is", "this checkpoint has users 1-10", with_model=False
     ),
-    "user_ids above 64 bits": Bad(f"--user_ids {2**63}", "--user_ids", f"{2**63} is", f"user ids end at {2**63 - 1}"),
+    "user_ids too large": Bad(f"--user_ids {10**18}", "--user_ids", f"{10**18} is", f"user ids end at {10**18 - 1}"),
     "user_ids twice": Bad("--user_ids 2 2", "--user_ids", "2 is given twice", "needed: each id once"),
     "user_ids twice by ranges": Bad("--user_ids 1-3 3-5", "--user_ids", "3 is given twice", "needed: each id once"),
     "user_ids twice by two flags": Bad(
@@ -273,10 +273,10 @@ MAPS = {
     "user_map a list of pairs": user_map([[17, 0], [23, 1]], "holds [[17, 0], [23, 1]]", OBJECT),
     "user_map a number": user_map("5", "holds 5", OBJECT),
     "user_map without users": user_map({}, "names no users", OBJECT),
-    "user_map with a name": user_map({"anna": 0}, "names user 'anna'", "needed: a whole number from 1 to 2^63-1"),
-    "user_map with a float": user_map({"1.0": 0}, "names user '1.0'", "needed: a whole number from 1 to 2^63-1"),
-    "user_map with user 0": user_map({"0": 0}, "names user '0'", "needed: a whole number from 1 to 2^63-1"),
-    "user_map with a user above 64 bits": user_map({str(2**63): 0}, f"names user '{2**63}'", "from 1 to 2^63-1"),
+    "user_map with a name": user_map({"anna": 0}, "names user 'anna'", "needed: a whole number from 1 to 10^18-1"),
+    "user_map with a float": user_map({"1.0": 0}, "names user '1.0'", "needed: a whole number from 1 to 10^18-1"),
+    "user_map with user 0": user_map({"0": 0}, "names user '0'", "needed: a whole number from 1 to 10^18-1"),
+    "user_map with a user too large": user_map({str(10**18): 0}, f"names user '{10**18}'", "from 1 to 10^18-1"),
     "user_map with a user twice": user_map('{"1": 0, "1": 1}', "names user 1 twice", "needed: each user once"),
     "user_map with a user twice, by 01": user_map({"1": 0, "01": 1}, "names user 1 twice", "needed: each user once"),
     "user_map with a row too high": user_map({"1": 5}, "gives user 1 the index 5", "--num_users 5 has 0 to 4"),
@@ -772,9 +772,10 @@ def test_links_and_paths_with_dots_are_right_too(folder):
 
 
 def test_a_user_map_of_any_order_with_gaps_is_right(folder):
-    write("map.json", {"0023": 1, "17": 4, str(2**63 - 1): 0})()
+    write("map.json", {"0023": 1, "17": 4, str(10**18 - 1): 0})()
     assert run_job(*MODEL, *SMALL, "--user_map", "map.json", "--output_dir", "out") == 0
     assert len(list(Path("out").glob("user_*/generated_000.png"))) == 3
+    assert Path("out/manifest.csv").read_text().count(f",{10**18 - 1},") == 1
 
 
 # Words -----------------------------------------------------------------------------------------------------------------

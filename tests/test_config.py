@@ -484,7 +484,7 @@ def test_an_empty_path_is_not_the_current_folder(flag):
         parse_args([flag, ""])
 
 
-def test_user_ids_end_where_64_bits_do():
-    assert parse_args(["--user_ids", str(2**63 - 1)]).user_ids == (2**63 - 1,)
-    with pytest.raises(UsageError, match=r"^--user_ids: 9223372036854775808 is out of range"):
-        parse_args(["--user_ids", str(2**63)])
+def test_user_ids_end_where_rows_of_the_manifest_do():
+    assert parse_args(["--user_ids", str(10**18 - 1)]).user_ids == (10**18 - 1,)
+    with pytest.raises(UsageError, match=r"^--user_ids: 1000000000000000000 is out of range"):
+        parse_args(["--user_ids", str(10**18)])

@@ -140,7 +140,11 @@ def verify(output_dir: Path, deep: bool = False) -> int:
         if len(listed) > _LISTED:
             print(f"{kind:<10}  and {len(listed) - _LISTED} more")
     what = "every image read" if deep else "sizes compared, contents not read"
-    print(f"{output_dir}: {len(problems)} problems ({what})" if problems else f"{output_dir}: all is well ({what})")
+    print(
+        f"{output_dir}: {len(problems)} problem{'s' * (len(problems) != 1)} ({what})"
+        if problems
+        else f"{output_dir}: all is well ({what})"
+    )
     for kind in kinds:
         print(f"What is {kind}: {_REMEDIES[kind]}")
     if holder := record.lock_holder(output_dir):

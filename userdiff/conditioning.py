@@ -163,8 +163,8 @@ def _read_user_map(path: Path, num_users: int) -> dict[int, int]:
     user_of: dict[int, int] = {}
     for text, index in pairs:
         user_id = int(text) if re.fullmatch("[0-9]{1,19}", text) else 0
-        if not 1 <= user_id < 2**63:
-            raise ValueError(f"{path} names user {brief(text)}, needed: a whole number from 1 to 2^63-1")
+        if not 1 <= user_id < 10**18:
+            raise ValueError(f"{path} names user {brief(text)}, needed: a whole number from 1 to 10^18-1")
         if user_id in index_by_id:
             raise ValueError(f"{path} names user {user_id} twice, needed: each user once")
         if type(index) is not int or not 0 <= index < num_users:

@@ -15,7 +15,7 @@ BUNDLED_NUM_USERS = 10
 DEFAULT_BATCH_SIZE = 16
 MAX_SEED = 2**63 - 1
 MAX_USERS = 2**24
-MAX_USER_ID = 2**63 - 1
+MAX_USER_ID = 10**18 - 1
 MAX_IMAGES_PER_USER = 2**32  # image seeds are one to one within a user up to here
 MODEL_FLAGS = ("vae_path", "unet_path", "condition_encoder_path", "num_users")
 

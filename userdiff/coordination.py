@@ -235,8 +235,12 @@ class Coordinator:
 
     def count_published(self, num_images: int, num_bytes: int) -> None:
         """Add to what all processes have published in this run."""
-        self._add("published_bytes", num_bytes)
-        self._add("published", num_images)
+
+        def add(store: Store) -> None:
+            store.add("published_bytes", num_bytes)
+            store.add("published", num_images)
+
+        self._ask(add)
 
     def published(self) -> tuple[int, int]:
         """Give the number of images that all processes have published in this run, and of their bytes."""

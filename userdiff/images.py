@@ -78,20 +78,22 @@ def user_folders(output_dir: Path) -> Iterator[UserFolder]:
 
 
 def _user_folder(folder: Path) -> UserFolder:
-    user_id, images, others = _user_id(folder.name), array("I"), []
+    user_id, found, others = _user_id(folder.name), array("Q"), []
     with os.scandir(folder) as entries:
         for entry in entries:
-            image_index = _image_index(entry.name) if user_id else None
+            match = _IMAGE_NAME.fullmatch(entry.name) if user_id else None
             try:
-                if image_index is not None and entry.is_file():
-                    images.extend((image_index, min(entry.stat().st_size, MAX_BYTES)))
+                if match and entry.is_file() and (image_index := int(match[1])) <= MAX_IMAGE_INDEX:
+                    size = entry.stat().st_size
+                    found.append(image_index)
+                    found.append(size)
                 elif not _TEMPORARY.fullmatch(entry.name):
                     others.append(entry.name)
             except FileNotFoundError:  # gone since
                 continue
-    found = np.frombuffer(images, np.uintc).astype(np.uint32, copy=False).reshape(-1, 2)
-    order = np.argsort(found[:, 0])
-    return UserFolder(folder.name, user_id, found[order, 0], found[order, 1], sorted(others))
+    images = np.minimum(np.frombuffer(found, np.uint64), MAX_BYTES).astype(np.uint32).reshape(-1, 2)
+    images = images[np.argsort(images[:, 0])]
+    return UserFolder(folder.name, user_id, images[:, 0].copy(), images[:, 1].copy(), sorted(others))
 
 
 def user_files(output_dir: Path) -> Iterator[Path]:

@@ -2,7 +2,7 @@
 
 import mmap
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -31,14 +31,16 @@ RECORD = np.dtype(
     ]
 )
 """A row of a known user, in 52 bytes. One with a number too large for it is not a job's."""
+_NUMBERS = ("image_index", "seed", "num_inference_steps", "width", "height", "num_bytes")  # as the line has them
 _NONE = np.zeros(0, RECORD)
 
-_NUMBER = rb"(0|[1-9]\d{0,9})"
+_NUMBER = rb"(?:0|[1-9]\d{0,9})"
 _LINE = re.compile(
-    rb"user_(?=0\d/|[1-9]\d+/)0?([1-9]\d{0,17})/generated_(?=\d{3}\.|[1-9]\d{3,}\.)0{0,2}(0|[1-9]\d{0,9})\.png,\1,\2,"
-    + rb",".join([_NUMBER, _NUMBER, rb"(trained|random)", _NUMBER, _NUMBER, _NUMBER, rb"([0-9a-f]{64})"])
-    + rb"\r?\n"
+    rb"^user_(?=0\d/|[1-9]\d+/)0?([1-9]\d{0,17})/generated_(?=\d{3}\.|[1-9]\d{3,}\.)0{0,2}(0|[1-9]\d{0,9})\.png,"
+    + rb"(\1,\2,%b,%b),(trained|random),(%b,%b,%b),([0-9a-f]{64})\r?\n" % (5 * (_NUMBER,)),
+    re.MULTILINE,
 )
+_PIECE_BYTES = 1 << 20
 
 T = TypeVar("T")
 Item = tuple[int, int]
@@ -243,22 +245,26 @@ def _read_records(path: Path, standing: int) -> Iterator[tuple[NDArray[np.int64]
     if not path.is_file():
         return
     with open(path, "rb") as file:
-        for lines in slices(file, _AT_ONCE):
-            matches = [match.groups() for match in map(_LINE.fullmatch, lines) if match]
-            if matches:
-                columns = dict(zip(COLUMNS[1:], zip(*matches, strict=True), strict=True))
-                yield _parsed(columns, standing)
+        while lines := file.read(_PIECE_BYTES) + file.readline():
+            if matches := _LINE.findall(lines):
+                yield _parsed(matches, standing)
 
 
-def _parsed(columns: dict[str, tuple[bytes, ...]], standing: int) -> tuple[NDArray[np.int64], NDArray[np.void]]:
-    records = np.zeros(len(columns["user_id"]), RECORD)
+def _parsed(matches: list[tuple[bytes, ...]], standing: int) -> tuple[NDArray[np.int64], NDArray[np.void]]:
+    _, _, planned, conditionings, measured, sha256 = zip(*matches, strict=True)
+    user_ids, *numbers = [*_columns(planned), *_columns(measured)]
+    records = np.zeros(len(matches), RECORD)
     records["standing"] = standing
-    records["sha256"] = np.frombuffer(bytes.fromhex(b"".join(columns.pop("sha256")).decode()), "V32")
-    records["is_random"] = [conditioning == b"random" for conditioning in columns.pop("conditioning")]
-    numbers = {name: np.fromstring(b",".join(column).decode(), np.int64, sep=",") for name, column in columns.items()}
-    user_ids = numbers.pop("user_id")
+    records["is_random"] = [conditioning == b"random" for conditioning in conditionings]
+    records["sha256"] = np.frombuffer(bytes.fromhex(b"".join(sha256).decode()), "V32")
     fits = np.ones(len(records), bool)
-    for name, values in numbers.items():
+    for name, values in zip(_NUMBERS, numbers, strict=True):
         fits &= values <= np.iinfo(RECORD[name]).max
         records[name] = values
     return user_ids[fits], records[fits]
+
+
+def _columns(numbers: Sequence[bytes]) -> NDArray[np.int64]:
+    """Parse so many numbers a line, with commas in between: [number, line]."""
+    parsed = np.fromstring(b",".join(numbers).decode(), np.int64, sep=",")
+    return parsed.reshape(len(numbers), -1).T
