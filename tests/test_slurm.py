@@ -375,10 +375,8 @@ def test_what_sbatch_reads_comes_before_the_first_command_and_says_when_to_stop(
     assert int(seconds) >= 60  # a job ends in ten; the disk may be slow
 
 
-SHELLCHECK = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-
-
-@pytest.mark.skipif(SHELLCHECK is None, reason="needs shellcheck")
 def test_shellcheck_finds_nothing():
-    process = subprocess.run([SHELLCHECK, SCRIPT], check=False, capture_output=True, text=True, timeout=60)
+    process = subprocess.run(
+        [Path(sys.executable).parent / "shellcheck", SCRIPT], check=False, capture_output=True, text=True, timeout=60
+    )
     assert (process.returncode, process.stdout) == (0, "")
