@@ -112,7 +112,8 @@ def bare_sort(folder: Path, num_images: int) -> None:
 
 def resume(folder: Path, num_images: int) -> None:
     """Find what is done, plan what is left, freeze it."""
-    found = manifest.find_finished(folder, RECIPE, manifest.file_sha256(folder / manifest.MANIFEST_NAME))
+    run_record = record.RunRecord.read(folder)
+    found = manifest.find_finished(folder, RECIPE, run_record.manifest_sha256)
     plan = make_plan(range(1, NUM_USERS + 1), per_user(num_images), BATCH_SIZE, found.rows.image_indices())
     if plan.num_waiting:
         sys.exit(f"{plan.num_waiting} images were not found")

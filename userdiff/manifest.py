@@ -185,7 +185,9 @@ def find_finished(
         is_finished = is_recorded(folder, block) & recipe.agrees(folder.user_id, block)
         is_finished &= block["standing"] == BELIEVED
         block["standing"][is_finished] = FINISHED
-        unproven[folder.user_id] = np.setdiff1d(folder.image_indices, block["image_index"][is_finished])
+        unproven[folder.user_id] = np.setdiff1d(
+            folder.image_indices, block["image_index"][is_finished], assume_unique=True
+        )
     proven, strangers = Table(), []
     for some in slices(_prove_all(output_dir, recipe, rows, unproven, track), _SLICE):
         proven.extend(row for _, row, _ in some if row)

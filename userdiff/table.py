@@ -110,10 +110,12 @@ class Table:
             self._append(user_id, other.block(user_id))
 
     def _add(self, user_ids: NDArray[np.int64], records: NDArray[np.void]) -> None:
-        order = np.argsort(user_ids, kind="stable")
-        starts = np.flatnonzero(np.diff(user_ids[order], prepend=-1))
-        for of_user in np.split(order, starts[1:]):
-            self._append(int(user_ids[of_user[0]]), records[of_user])
+        if (user_ids[1:] < user_ids[:-1]).any():
+            order = np.argsort(user_ids, kind="stable")
+            user_ids, records = user_ids[order], records[order]
+        starts = np.flatnonzero(np.diff(user_ids, prepend=-1))
+        for start, of_user in zip(starts.tolist(), np.split(records, starts[1:]), strict=True):
+            self._append(int(user_ids[start]), of_user)
 
     def _append(self, user_id: int, records: NDArray[np.void]) -> None:
         block, length = self._blocks.get(user_id, _NONE), self._lengths.get(user_id, 0)
