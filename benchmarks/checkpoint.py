@@ -1,5 +1,6 @@
 """A checkpoint of the size in use, with random weights: a speed does not depend on what they are."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,22 +14,24 @@ EMBED_DIM = 512
 LATENTS = 32  # height and width; the images are four times as large
 
 
-def make_checkpoint(folder: Path) -> None:
-    """Save a UNet 128-256-512-512 (140 M parameters), a VAE 128-256-512 that enlarges 4 times (43 M), and an encoder."""
+def make_checkpoint(
+    folder: Path, unet_widths: Sequence[int] = (128, 256, 512, 512), vae_widths: Sequence[int] = (128, 256, 512)
+) -> None:
+    """Save a UNet (140 M parameters), a VAE that enlarges 4 times (43 M), and an encoder."""
     torch.manual_seed(0)
     down, up = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
     unet = UNet2DConditionModel(
         sample_size=LATENTS,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(128, 256, 512, 512),
+        block_out_channels=unet_widths,
         down_block_types=(down, down, down, "DownBlock2D"),
         up_block_types=("UpBlock2D", up, up, up),
         cross_attention_dim=EMBED_DIM,
     )
     vae = AutoencoderKL(
         latent_channels=4,
-        block_out_channels=(128, 256, 512),
+        block_out_channels=vae_widths,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=2,

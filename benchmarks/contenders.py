@@ -2,7 +2,8 @@
 
     echo batch | python -m benchmarks.contenders original CHECKPOINT OUTPUT
 
-So that several can take turns without being loaded again. Every line on stdin is answered with one on stdout.
+So that several can take turns without being loaded again. Every line on stdin is answered with one on stdout: "batch",
+"floor", or "wait" for what a GPU still has to do.
 """
 
 import argparse
@@ -32,28 +33,28 @@ _MOST_BATCHES = 1000
 
 
 def _load(
-    checkpoint: Path, dtype: torch.dtype
+    args: argparse.Namespace, dtype: torch.dtype
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, UserConditionEncoder, DDIMScheduler]:
     """Load as a script would that somebody writes for themselves."""
-    unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", torch_dtype=dtype).eval()
-    vae = AutoencoderKL.from_pretrained(checkpoint / "vae", torch_dtype=dtype).eval()
-    encoder = load_condition_encoder(checkpoint, NUM_USERS, EMBED_DIM)
+    unet = UNet2DConditionModel.from_pretrained(args.checkpoint / "unet", torch_dtype=dtype).eval().to(args.device)
+    vae = AutoencoderKL.from_pretrained(args.checkpoint / "vae", torch_dtype=dtype).eval().to(args.device)
+    encoder = load_condition_encoder(args.checkpoint, NUM_USERS, EMBED_DIM).to(args.device)
     return unet, vae, encoder, models.ddim_scheduler(models.load_noise_scheduler(None))
 
 
 def original(args: argparse.Namespace) -> None:
     """Run the loop most projects begin with: an image at a time, in float32, saved before the next one starts."""
-    unet, vae, encoder, scheduler = _load(args.checkpoint, torch.float32)
+    unet, vae, encoder, scheduler = _load(args, torch.float32)
 
     @torch.no_grad()
     def one(number: int) -> None:
-        condition = encoder(torch.tensor([number % NUM_USERS])).unsqueeze(1)
-        latents = torch.randn(1, 4, LATENTS, LATENTS)
+        condition = encoder(torch.tensor([number % NUM_USERS], device=args.device)).unsqueeze(1)
+        latents = torch.randn(1, 4, LATENTS, LATENTS, device=args.device)
         scheduler.set_timesteps(args.num_inference_steps)
         for timestep in scheduler.timesteps:
             latents = scheduler.step(unet(latents, timestep, condition).sample, timestep, latents).prev_sample
         image = vae.decode(latents / vae.config.scaling_factor).sample.clamp(0, 1)[0]
-        pixels = (image.permute(1, 2, 0).numpy() * 255).astype("uint8")
+        pixels = (image.permute(1, 2, 0).cpu().numpy() * 255).astype("uint8")
         Image.fromarray(pixels).save(args.output / f"generated_{number:03d}.png")
 
     for number, _ in enumerate(commands()):
@@ -62,7 +63,7 @@ def original(args: argparse.Namespace) -> None:
 
 def pipeline(args: argparse.Namespace) -> None:
     """Run what a user would pick instead: `StableDiffusionPipeline` with `prompt_embeds`, in batches, saving PNGs."""
-    unet, vae, encoder, scheduler = _load(args.checkpoint, DTYPES[args.mixed_precision])
+    unet, vae, encoder, scheduler = _load(args, DTYPES[args.mixed_precision])
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=None,
@@ -76,7 +77,7 @@ def pipeline(args: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
 
     def batch(number: int) -> None:
-        users = torch.arange(args.batch_size) % NUM_USERS
+        users = torch.arange(args.batch_size, device=args.device) % NUM_USERS
         with torch.no_grad():
             prompt_embeds = encoder(users).unsqueeze(1).to(unet.dtype)
         images = pipe(
@@ -98,16 +99,17 @@ def job(args: argparse.Namespace) -> None:
     flags = [*model_flags(args.checkpoint), "--output_dir", str(args.output), "--batch_size", str(args.batch_size)]
     config = parse_args([*flags, "--num_inference_steps", str(args.num_inference_steps)])
     runner.set_kernels(allow_tf32=False)
-    model = load_model(config, torch.device("cpu"), args.mixed_precision, runner.compilation())
+    model = load_model(config, torch.device(args.device), args.mixed_precision, runner.compilation())
     size, at_once = args.batch_size, min(DECODED_AT_ONCE, args.batch_size)
-    users = torch.arange(size) % NUM_USERS
+    users = torch.arange(size, device=args.device) % NUM_USERS
 
     @torch.inference_mode()
     def floor() -> None:
-        noise = torch.randn(size, 4, LATENTS, LATENTS).contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(size, 4, LATENTS, LATENTS, device=args.device).contiguous(memory_format=torch.channels_last)
+        timesteps = 1000 - torch.arange(args.num_inference_steps, device=args.device)
         vectors = token_vectors(model.unet, model.condition_encoder(users).unsqueeze(1))
-        for step in range(args.num_inference_steps):
-            model.unet(noise.to(model.unet.dtype), torch.tensor(1000 - step), vectors, return_dict=False)
+        for timestep in timesteps:
+            model.unet(noise.to(model.unet.dtype), timestep, vectors, return_dict=False)
         for part in noise.to(model.vae.dtype).split(at_once):
             model.vae.decode(part, return_dict=False)
 
@@ -142,9 +144,14 @@ def commands() -> Iterator[str]:
     """Give what is asked for on stdin; print how long it took, and the peak memory, when the next is wanted."""
     for command in sys.stdin:
         started = time.perf_counter()
-        yield command.strip()
+        if command.strip() != "wait":
+            yield command.strip()
+        elif torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if torch.cuda.is_initialized():
+            peak_mib = torch.cuda.max_memory_allocated() / 2**20
         print(json.dumps({"seconds": seconds, "peak_mib": peak_mib}), flush=True)
 
 
@@ -157,6 +164,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--mixed_precision", default="no")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     CONTENDERS[args.contender](args)

@@ -54,18 +54,31 @@ class Contender:
     batch_size: int
     processes: Sequence[subprocess.Popen[str]]
 
-    def compute(self, command: str = "batch", num_processes: int | None = None) -> tuple[float, float]:
-        """Have a batch computed by each of so many processes at once: (images per second, peak MiB of the largest)."""
-        processes = self.processes[:num_processes]
-        for process in processes:
-            print(command, file=process.stdin, flush=True)
-        answers = []
-        for process in processes:
-            if not (line := process.stdout and process.stdout.readline()):
-                sys.exit(f"{self.name} ended; its errors are above")
-            answers.append(json.loads(line))
-        rate = sum(self.batch_size / answer["seconds"] for answer in answers)
-        return rate, max(answer["peak_mib"] for answer in answers)
+    def compute(
+        self, command: str = "batch", num_processes: int | None = None, num_batches: int = 1
+    ) -> tuple[float, float]:
+        """Have batches computed by each of so many processes at once: (images per second, peak MiB of the largest)."""
+        self.begin(command, num_processes, num_batches)
+        return self.end(num_processes, num_batches)
+
+    def begin(self, command: str = "batch", num_processes: int | None = None, num_batches: int = 1) -> None:
+        """Ask for batches, and to wait for what a GPU still has to do of them."""
+        for process in self.processes[:num_processes]:
+            print(*[command] * num_batches, "wait", sep="\n", file=process.stdin, flush=True)
+
+    def end(self, num_processes: int | None = None, num_batches: int = 1) -> tuple[float, float]:
+        """Take the answers to what `begin` asked for."""
+        rate, peak_mib = 0.0, 0.0
+        for process in self.processes[:num_processes]:
+            answers = [self._answer(process) for _ in range(num_batches + 1)]
+            rate += num_batches * self.batch_size / sum(answer["seconds"] for answer in answers)
+            peak_mib = max(peak_mib, *(answer["peak_mib"] for answer in answers))
+        return rate, peak_mib
+
+    def _answer(self, process: subprocess.Popen[str]) -> dict[str, float]:
+        if not (line := process.stdout and process.stdout.readline()):
+            sys.exit(f"{self.name} ended; its errors are above")
+        return json.loads(line)
 
 
 @dataclass(frozen=True)
@@ -86,11 +99,13 @@ class Bench:
     num_inference_steps: int
     batch_size: int
     pipeline_batch_size: int
+    device: str = "cpu"
+    other_checkpoint: Path | None = None
 
     @property
     def checkpoint(self) -> Path:
         """Where it lies."""
-        return self.folder / "checkpoint"
+        return self.other_checkpoint or self.folder / "checkpoint"
 
     @contextmanager
     def contender(
@@ -100,18 +115,18 @@ class Bench:
         batch_size = batch_size or self.batch_size
         command = [sys.executable, "-m", "benchmarks.contenders", name, self.checkpoint]
         flags = ["--batch_size", batch_size, "--num_inference_steps", self.num_inference_steps]
-        flags += ["--mixed_precision", self.precision]
+        flags += ["--mixed_precision", self.precision, "--device", self.device]
         threads = max(1, (os.cpu_count() or 1) // num_processes)
         processes = [
             subprocess.Popen(
-                [str(part) for part in [*command, self.folder / f"{name}-{number}", *flags]],
+                [str(part) for part in [*command, tempfile.mkdtemp(dir=self.folder, prefix=f"{name}-"), *flags]],
                 cwd=ROOT,
                 env={**os.environ, **(env or {}), "OMP_NUM_THREADS": str(threads)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            for number in range(num_processes)
+            for _ in range(num_processes)
         ]
         try:
             yield Contender(name, batch_size, processes)
