@@ -52,14 +52,15 @@ def run_together(names: Sequence[str], folder: Path, deadline: float, *, smoke: 
 
 
 def _rows(name: str, process: subprocess.Popen[bytes], folder: Path, deadline: float) -> list[list[str]]:
+    path = folder / f"{name}.json"
     try:
         process.wait(max(0.0, deadline - time.monotonic()))
-        ending = f"ended with status {process.returncode}: {_last_line(folder / f'{name}.log')}"
     except subprocess.TimeoutExpired:
         ending = "was not done in time"
-    path = folder / f"{name}.json"
+    else:
+        ending = process.returncode and f"ended with status {process.returncode}: {_last_line(folder / f'{name}.log')}"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return rows if process.returncode == 0 else [*rows, [name, ending, "", "MISSED"]]
+    return [*rows, [name, ending, "", "MISSED"]] if ending else rows
 
 
 def _last_line(log: Path) -> str:
