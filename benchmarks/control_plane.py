@@ -154,7 +154,7 @@ def verify(folder: Path, num_images: int) -> None:
 
 def preview(folder: Path, num_images: int) -> None:
     """Make the page."""
-    gallery.preview_page(folder, manifest.merged_rows(folder))
+    gallery.preview_page(folder, manifest.listed_images(folder))
 
 
 PARTS: dict[str, Callable[[Path, int], None]] = {

@@ -93,10 +93,13 @@ class Browser:
         return [entry["message"] for entry in self._ask("POST", "/se/log", type="browser")]
 
     def requests(self) -> list[str]:
-        """What was asked for since this was last asked for, whether or not it was let out; without `data:`."""
+        """What was asked for since this was last asked for, whether or not it was let out; without `data:`.
+
+        Nor `chrome:`, which only the browser's own pages may ask for: the new window's may still be loading.
+        """
         events = [json.loads(entry["message"])["message"] for entry in self._ask("POST", "/se/log", type="performance")]
         sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        return [url for url in sent if not url.startswith("data:")]
+        return [url for url in sent if not url.startswith(("data:", "chrome:"))]
 
 
 @contextmanager

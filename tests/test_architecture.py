@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "thumbnails": {"PIL"},
     "facts": {"config", "record", "table"},
     "gallery": {"PIL", "facts", "manifest", "record", "table", "thumbnails"},
-    "audit": {"numpy", "config", "images", "manifest", "record", "table"},
+    "audit": {"numpy", "config", "facts", "images", "manifest", "record", "table"},
     "agreement": {"manifest", "record", "table"},
     "joining": {"agreement", "config", "gallery", "halting", "images", "manifest", "record", "table"},
     "likeness": {"numpy"},

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -146,9 +147,9 @@ def test_verify_finds_what_is_missing_changed_or_foreign(out, capsys):
     assert lines[0] == f"changed     user_01/generated_001.png: 5 bytes, its row says {size}"
     assert lines[6:] == [
         f"{out}: 6 problems (sizes compared, contents not read)",
-        "What is changed: remove it, and the job's command makes it again",
+        "What is changed: the job's command makes up for another size; remove it where the size is right, and it is made again",
         "What is foreign: move it away",
-        "What is missing: the job's command makes it",
+        "What is missing: the job's command makes it, and the manifest `userdiff merge` too",
     ]
 
 
@@ -157,9 +158,34 @@ def test_a_preview_says_what_it_lacks(out, capsys):
     error = capsys.readouterr().err
     assert error.startswith("userdiff preview: error: --picture: ")
     assert "needed: a name ending in .png or " in error
-    (out / "manifest.csv").rename(out / "manifest.part-00000.csv")
+    assert main(["preview", str(out), "--picture", str(out / "nowhere" / "picture.png")]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error
+        == f"userdiff preview: error: --picture: '{out}/nowhere/picture.png' lies in no folder, needed: one that exists\n"
+    )
+    (out / "manifest.csv").unlink()
     assert main(["preview", str(out)]) == 2
-    assert capsys.readouterr().err.endswith("an interrupted run's rows are in part files, `userdiff merge` first\n")
+    assert capsys.readouterr().err.endswith(f"; `userdiff merge {out}` makes its rows from the images\n")
+
+
+def test_the_page_of_a_stopped_job_shows_what_is_there(out):
+    interrupt(out)
+    assert main(["preview", str(out)]) == 0
+    assert (out / "preview.html").read_text().count("<img ") == 4
+
+
+def test_in_a_picture_what_cannot_be_read_is_crossed_out(out, tmp_path, capsys):
+    flip_a_byte(out / "user_01" / "generated_001.png")
+    (out / "user_02" / "generated_002.png").unlink()
+    assert main(["preview", str(out), "--picture", str(tmp_path / "picture.png"), "--scale", "1"]) == 0
+    assert capsys.readouterr().err == ""
+    with Image.open(tmp_path / "picture.png") as image:
+        tiles = np.asarray(image.convert("RGB"))
+    for user, column in np.ndindex(2, 3):
+        tile = tiles[4 + 20 * user :, 4 + 20 * column :][:16, :16]
+        is_crossed_out = (tile[np.eye(16, dtype=bool)] == 128).all() and (tile[1, 2:8] == 211).all()
+        assert is_crossed_out == ((user, column) in {(0, 1), (1, 2)})
 
 
 def test_a_long_list_is_cut_and_a_job_at_work_is_named(out, capsys):
@@ -224,17 +250,37 @@ def test_an_edited_manifest_and_a_row_less_are_told(out):
     (out / "manifest.csv").write_text("".join(text.splitlines(keepends=True)[:-1]))
     assert verify(out) == [
         Problem("changed", "manifest.csv", "the manifest is not as it was published"),
-        Problem("missing", "user_02", "1 of 3 images have no row"),
-        Problem("unrecorded", "user_02/generated_002.png", "no row in the manifest"),
+        Problem("unrecorded", "user_02", "1 image without a row"),
     ]
+
+
+def test_a_lost_manifest_is_no_loss_of_images(out, capsys):
     (out / "manifest.csv").unlink()
-    assert Problem("missing", "manifest.csv", "the manifest is gone") in verify(out)
+    (out / "user_02" / "generated_001.png").unlink()
+    assert verify(out) == [
+        Problem("missing", "manifest.csv", "the manifest is gone"),
+        Problem("missing", "user_02", "1 of 3 images are not there"),
+        Problem("unrecorded", "user_01", "3 images without a row"),
+        Problem("unrecorded", "user_02", "2 images without a row"),
+    ]
+    status = read_status(out)
+    assert (status.done, status.unrecorded) == ({1: 0, 2: 0}, 5)
+    assert main(["status", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"5 images without a row, not counted here: `userdiff merge {out}` records what is this job's, and so does the "
+        "job's command"
+    )
+    with folder_lock(out):  # their rows may be on the way
+        assert main(["status", str(out)]) == 0
+    assert "without a row" not in capsys.readouterr().out
+    assert main(["merge", str(out)]) == 0
+    assert read_status(out).done == {1: 3, 2: 2}
 
 
 def test_an_unfinished_dataset_lacks_what_was_not_made_and_merged(out):
     interrupt(out)
     assert [problem for problem in verify(out) if problem.kind != "changed"] == [
-        Problem("missing", "user_02", "2 of 3 images have no row"),
+        Problem("missing", "user_02", "2 of 3 images are not there"),
         Problem("unmerged", "manifest.part-00000.csv", "rows of an interrupted run"),
     ]
     with folder_lock(out):
@@ -323,6 +369,16 @@ def test_a_folder_without_a_dataset_is_one_line(command, tmp_path, capsys):
         assert said.err.startswith(f"userdiff {command}: error: {folder} holds no ")
         assert said.err.count("\n") == 1
         assert said.out == ""
+
+
+@pytest.mark.parametrize("command", ["status", "verify"])
+def test_who_stops_reading_is_told_nothing(command, out):
+    job = subprocess.Popen(
+        [sys.executable, "-m", "userdiff", command, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    job.stdout.close()
+    assert job.stderr.read() == ""
+    assert job.wait(60) == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "merge"])

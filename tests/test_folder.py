@@ -72,7 +72,7 @@ def test_nothing_lies_beyond_a_request_for_all(job, out, capsys):
 def test_a_refusal_names_the_fields_their_values_and_the_ways_on(job, out, reference, capsys):
     assert run_job(*job, "--seed", 43, "--eta", 0.5, "--num_inference_steps", 2) == 2
     assert capsys.readouterr().err == (
-        f"batch_generate.py: error: --output_dir: {out} holds images made otherwise (eta was default, is 0.5; "
+        f"batch_generate.py: error: --output_dir: {out} holds images made otherwise (eta was 0.0, is 0.5; "
         "num_inference_steps was 1, is 2; seed was 42, is 43); use another folder, or start again with --overwrite\n"
     )
     assert tree(out) == tree(reference)

@@ -24,7 +24,7 @@ from tests.checkpoints import model_flags
 from tests.jobs import run_job
 from userdiff import facts, gallery, thumbnails
 from userdiff.cli import main
-from userdiff.manifest import Recipe, merged_rows, write_manifest
+from userdiff.manifest import Recipe, listed_images, write_manifest
 from userdiff.record import RunRecord
 from userdiff.table import Table
 
@@ -339,7 +339,7 @@ def test_a_manifest_that_was_edited_opens_nothing_else_and_links_nowhere(tmp_pat
     names = ["../secret.png", str(tmp_path.parent / "secret.png"), "javascript:alert(1)", "user_01/../../secret.png"]
     names += ["user_01/generated_000.png?x", "user_02/generated_000.png", "<script>alert(1)</script>"]
     write_manifest(tmp_path, [*(rows[0]._replace(file_name=name) for name in names), rows[1]])
-    page = Page(gallery.preview_page(tmp_path, merged_rows(tmp_path)))
+    page = Page(gallery.preview_page(tmp_path, listed_images(tmp_path)))
     assert [[image["href"] for image in user.images] for user in page.users] == [["user_02/generated_000.png"]]
     assert len(page.texts["script"]) == 1
 
@@ -363,7 +363,7 @@ def test_a_folder_whose_name_is_not_utf_8_has_a_page(tmp_path):
 def test_a_damaged_manifest_may_have_rows_twice_and_out_of_order(tmp_path):
     rows = make_dataset(tmp_path)
     write_manifest(tmp_path, [*rows[3:], *rows, rows[0]])
-    page = Page(gallery.preview_page(tmp_path, merged_rows(tmp_path)))
+    page = Page(gallery.preview_page(tmp_path, listed_images(tmp_path)))
     assert [user.name for user in page.users] == ["User 1", "User 2"]
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))

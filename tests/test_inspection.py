@@ -445,8 +445,16 @@ def error_of(capsys, *argv):
 
 def test_a_folder_without_a_manifest(tmp_path, capsys):
     assert error_of(capsys, tmp_path) == f"{tmp_path} holds no manifest.csv with images in it"
-    (tmp_path / "manifest.part-00000.csv").write_text("")
-    assert "`userdiff merge` first" in error_of(capsys, tmp_path)
+    write_dataset(tmp_path, {1: [face(1, 0)]})
+    (tmp_path / "manifest.csv").unlink()
+    assert error_of(capsys, tmp_path).endswith(f"; `userdiff merge {tmp_path}` makes its rows from the images")
+
+
+def test_a_stopped_jobs_images_are_looked_at(tmp_path, capsys):
+    write_dataset(tmp_path, {1: [face(1, 0), face(1, 1)]})
+    (tmp_path / "manifest.csv").rename(tmp_path / "manifest.part-00000.csv")
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}: 2 images of 1 users\n")
 
 
 def test_a_dataset_of_which_nothing_can_be_read(tmp_path, capsys):

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -292,7 +293,7 @@ def test_another_identity_is_refused_naming_the_fields(jobs, tmp_path, capsys):
     said = refusal(capsys, *jobs, tmp_path / "other", "--into", tmp_path / "new" / "C")
     one, two = jobs[0], tmp_path / "other"
     assert said.startswith(
-        f"{two} holds images made otherwise than those of {one} (eta is default in {one}, 0.5 in {two}; seed is 42 in "
+        f"{two} holds images made otherwise than those of {one} (eta is 0.0 in {one}, 0.5 in {two}; seed is 42 in "
         f"{one}, 43 in {two}; unet.weights is abababababab... in {one}, cdcdcdcdcdcd... in {two}); "
     )
     into = dataset(tmp_path / "C", [(7, 0)], identity=other)
@@ -303,8 +304,8 @@ def test_many_other_users_are_named_in_part(jobs, tmp_path, capsys):
     other = {**IDENTITY, "user_index": {str(user_id): user_id + 1 for user_id in range(3, 60)}}
     dataset(tmp_path / "other", [], identity=other)
     said = refusal(capsys, *jobs, tmp_path / "other", "--into", tmp_path / "C")
-    assert said.count("user_index.") == 8
-    assert "; ...)" in said
+    assert said.count("user_index.") == 3
+    assert re.search(r"; and \d+ more of user_index\); ", said)
 
 
 def test_two_contents_of_one_image_are_refused(jobs, tmp_path, capsys):

@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from userdiff.record import (
+    IDENTITY_DEFAULTS,
     RunRecord,
     differences,
     folder_lock,
     identity_hash,
     make_identity,
+    tell_differences,
     wait_for_writers,
     writing,
 )
@@ -146,17 +148,18 @@ def test_numerics_and_history_are_no_part_of_the_hash():
 
 
 def test_options_at_their_default_are_left_out():
-    identity = make_identity({"seed": 42}, {"eta": (0.0, 0.0), "precision": ("no", "no"), "range": ("signed", "unit")})
-    assert identity == {"seed": 42, "range": "signed"}
+    identity = make_identity({"seed": 42}, {"eta": 0.0, "mixed_precision": "no", "vae_output_range": "signed"})
+    assert identity == {"seed": 42, "vae_output_range": "signed"}
 
 
 def test_a_required_value_is_kept_whatever_it_is():
     assert make_identity({"seed": 0, "nothing": None}, {}) == {"seed": 0, "nothing": None}
 
 
-def test_a_later_option_at_its_default_changes_no_hash():
-    old = make_identity({"seed": 42}, {"eta": (0.6, 0.0)})
-    new = make_identity({"seed": 42}, {"eta": (0.6, 0.0), "guidance_scale": (1.0, 1.0)})
+def test_a_later_option_at_its_default_changes_no_hash(monkeypatch):
+    old = make_identity({"seed": 42}, {"eta": 0.6})
+    monkeypatch.setitem(IDENTITY_DEFAULTS, "guidance_scale", 1.0)
+    new = make_identity({"seed": 42}, {"eta": 0.6, "guidance_scale": 1.0})
     assert identity_hash(new) == identity_hash(old)
 
 
@@ -205,6 +208,21 @@ def test_the_hash_survives_writing_and_reading(identity):
 )
 def test_differences_are_named_by_where_they_are(old, new, found):
     assert list(differences(old, new)) == found
+
+
+def test_differences_are_told_with_both_values_and_of_a_mapping_a_few():
+    old = {
+        "seed": 1,
+        "user_index": {str(user_id): user_id - 1 for user_id in range(1, 10)},
+        "unet": {"weights": 30 * "a"},
+    }
+    new = {"seed": 2, "user_index": {"1": 5, "2": 1}, "unet": {"weights": 30 * "b"}, "eta": 0.5}
+    assert tell_differences(old, new) == (
+        "eta was 0.0, is 0.5; seed was 1, is 2; unet.weights was aaaaaaaaaaaa..., is bbbbbbbbbbbb...; "
+        "user_index.1 was 0, is 5; user_index.3 was 2, is absent; user_index.4 was 3, is absent; and 5 more of user_index"
+    )
+    assert tell_differences({"seed": 1}, {"seed": 2}, lambda *field: "/".join(field)) == "seed/1/2"
+    assert tell_differences(old, old) == ""
 
 
 @settings(max_examples=100, deadline=None)

@@ -99,7 +99,10 @@ def test_an_image_index_out_of_range_is_refused(job, image_index):
 def test_flags_other_than_the_jobs_are_refused(job, tmp_path):
     assert run_job(*job, "--num_images_per_user", 1) == 0
     config, model = prepare([*job, "--seed", "1", "--eta", "0.5"])
-    with pytest.raises(ValueError, match=r"^--output_dir: .*out holds images made otherwise, with another eta, seed$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^--output_dir: .*out holds images made otherwise \(eta was 0.0, is 0.5; seed was 42, is 1\)$",
+    ):
         make_image(config, model, 1, 0)
 
 

@@ -246,7 +246,7 @@ def test_images_of_another_identity_are_not_mixed_in(flags, tmp_path, capsys):
     before = tree(tmp_path)
     assert run_job(*job, "--seed", 43, "--eta", 0.5) == 2
     error = capsys.readouterr().err
-    assert "eta was default, is 0.5; seed was 42, is 43" in error
+    assert "eta was 0.0, is 0.5; seed was 42, is 43" in error
     assert tree(tmp_path) == before
 
 

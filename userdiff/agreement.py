@@ -1,8 +1,8 @@
 """Whether datasets can be joined: what their folders, records and images must have in common."""
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby, islice, repeat
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +10,6 @@ from userdiff import manifest, record
 from userdiff.manifest import Finished, Recipe, Track
 from userdiff.record import RECORD_NAME, RunRecord
 from userdiff.table import Item, Row, Table
-
-_LISTED = 8  # fields in which two identities differ
 
 
 class Dataset(NamedTuple):
@@ -87,21 +85,18 @@ def read_records(sources: Sequence[Path], into: Path) -> dict[Path, RunRecord]:
     first, begun = next(iter(records.items()))
     for path, other in records.items():
         if other.run != begun.run:
-            changed = (
-                f"{name} is {record.brief(before)} in {first}, {record.brief(after)} in {path}"
-                for name, before, after in record.differences(begun.identity, other.identity)
-            )
             raise ValueError(
-                f"{path} holds images made otherwise than those of {first} ({_listed(changed)}); only jobs of one model "
-                "with the same flags can be joined, but for users and numbers of images"
+                f"{path} holds images made otherwise than those of {first} ({_changes(begun, first, other, path)}); only "
+                "jobs of one model with the same flags can be joined, but for users and numbers of images"
             )
     return records
 
 
-def _listed(texts: Iterable[str]) -> str:
-    """List a few, and say that there are more: a mapping of users has thousands of fields."""
-    shown = list(islice(texts, _LISTED + 1))
-    return "; ".join([*shown[:_LISTED], "..."] if len(shown) > _LISTED else shown)
+def _changes(one: RunRecord, first: Path, other: RunRecord, second: Path) -> str:
+    def tell(name: str, before: str, after: str) -> str:
+        return f"{name} is {before} in {first}, {after} in {second}"
+
+    return record.tell_differences(one.identity, other.identity, tell)
 
 
 def _refuse_unknown(into: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from userdiff import images, manifest
 from userdiff.config import id_range
+from userdiff.facts import count
 from userdiff.manifest import Recipe, Track
 from userdiff.record import RECORD_NAME, RunRecord, folder_lock, lock_holder
 from userdiff.table import COLUMNS, Item, Row, Table
@@ -38,6 +39,8 @@ class Status:
     """User id -> how many of the others the last run could not make."""
     beyond: int
     """Images that are there and were not asked for by the last run."""
+    unrecorded: int
+    """Files under an image's name without a row; their rows may be on the way while a job runs."""
 
 
 def read_status(output_dir: Path) -> Status:
@@ -46,24 +49,35 @@ def read_status(output_dir: Path) -> Status:
     entry = _last_run(run_record)
     wanted = _wanted(run_record)
     rows = _rows(output_dir, Recipe.of(run_record.identity, run_record.run))
-    _keep_those_with_files(output_dir, rows)
+    unrecorded = _keep_those_with_files(output_dir, rows)
     done = _number_of(rows, wanted)
     failed = Counter(user_id for user_id, index in entry.get("failed", []) if not rows.of_image(user_id, index))
     is_complete = sum(done.values()) == sum(wanted.values())
     state, detail = _state(entry, lock_holder(output_dir), is_complete=is_complete)
     beyond = len(rows) - sum(done.values())
-    return Status(state=state, detail=detail, wanted=wanted, done=done, failed=failed, beyond=beyond)
+    return Status(
+        state=state,
+        detail=detail,
+        wanted=wanted,
+        done=done,
+        failed=failed,
+        beyond=beyond,
+        unrecorded=unrecorded,
+    )
 
 
-def _keep_those_with_files(output_dir: Path, rows: Table) -> None:
-    """Keep the rows for which there is a file of the row's size."""
-    without = set(rows.user_ids)
+def _keep_those_with_files(output_dir: Path, rows: Table) -> int:
+    """Keep the rows for which there is a file of the row's size; gives how many files have no row."""
+    without, num_unrecorded = set(rows.user_ids), 0
     for folder in images.user_folders(output_dir):
+        block = rows.block(folder.user_id)
+        num_unrecorded += int((~np.isin(folder.image_indices, block["image_index"], assume_unique=True)).sum())
         if folder.user_id in without:
             without.remove(folder.user_id)
-            rows.keep(folder.user_id, manifest.is_recorded(folder, rows.block(folder.user_id)))
+            rows.keep(folder.user_id, manifest.is_recorded(folder, block))
     for user_id in without:
         rows.keep(user_id, np.zeros(len(rows.block(user_id)), bool))
+    return num_unrecorded
 
 
 def _number_of(rows: Table, wanted: Mapping[int, int]) -> dict[int, int]:
@@ -108,18 +122,26 @@ def verify(output_dir: Path, *, deep: bool = False, track: Track = manifest.untr
     recipe = Recipe.of(run_record.identity, run_record.run) if run_record else None
     folders = list(images.user_folders(output_dir))  # before the rows, which come after the files while a job runs
     rows = _rows(output_dir, recipe)
-    problems = [*_manifest_problems(output_dir, run_record), *_strangers(output_dir, folders, rows)]
+    strange, unrecorded = _without_rows(output_dir, folders, rows)
+    problems = [*_manifest_problems(output_dir, run_record), *_misleading(output_dir), *strange]
+    if lock_holder(output_dir) is None:  # else their rows may be on the way
+        problems += [
+            Problem("unrecorded", f"user_{user_id:02d}", f"{count(len(indices), 'image')} without a row")
+            for user_id, indices in unrecorded.items()
+        ]
     check = _deep_problem if deep else _problem
     suspects = rows if deep else _without_files(folders, rows)
     found = manifest.read_all(lambda row: check(output_dir, row), suspects)
     problems += [problem for problem in track(found, len(suspects)) if problem]
     if run_record:
         wanted = _wanted(run_record)
-        recorded = _number_of(rows, wanted)
+        known = _number_of(rows, wanted)
+        for user_id, number in wanted.items():
+            known[user_id] += sum(index < number for index in unrecorded.get(user_id, ()))
         problems += [
-            Problem("missing", f"user_{user_id:02d}", f"{number - recorded[user_id]} of {number} images have no row")
+            Problem("missing", f"user_{user_id:02d}", f"{number - known[user_id]} of {number} images are not there")
             for user_id, number in wanted.items()
-            if recorded[user_id] < number
+            if known[user_id] < number
         ]
     return sorted(problems)
 
@@ -147,22 +169,29 @@ def _without_files(folders: Iterable[images.UserFolder], rows: Table) -> list[Ro
     return suspects
 
 
-def _strangers(output_dir: Path, folders: Iterable[images.UserFolder], rows: Table) -> Iterator[Problem]:
-    """Find what no row speaks of: in user folders, and at the top what loaders would take for a class or an image."""
-    is_running = lock_holder(output_dir) is not None
+def _without_rows(
+    output_dir: Path, folders: Iterable[images.UserFolder], rows: Table
+) -> tuple[list[Problem], dict[int, list[int]]]:
+    """Find what lies in user folders and has no row: what is not a job's or is damaged, and a job's images by user."""
+    strange: list[Problem] = []
+    unrecorded: dict[int, list[int]] = {}
     recorded = rows.image_indices()
     for folder in folders:
-        yield from (Problem("foreign", f"{folder.name}/{name}", "not an image of a job") for name in folder.others)
-        unrecorded = np.setdiff1d(folder.image_indices, recorded.get(folder.user_id, _NONE))
-        for image_index in unrecorded.tolist():
+        strange += [Problem("foreign", f"{folder.name}/{name}", "not an image of a job") for name in folder.others]
+        for image_index in np.setdiff1d(folder.image_indices, recorded.get(folder.user_id, _NONE)).tolist():
             name = images.file_name(folder.user_id, image_index)
             text = images.read_text_chunks(output_dir / name)
             if text is None:
-                yield Problem("changed", name, "no row in the manifest, and not a readable PNG")
+                strange.append(Problem("changed", name, "no row in the manifest, and not a readable PNG"))
             elif images.RUN_CHUNK not in text:
-                yield Problem("foreign", name, "not made by a job")
-            elif not is_running:  # its row may be on the way
-                yield Problem("unrecorded", name, "no row in the manifest")
+                strange.append(Problem("foreign", name, "not made by a job"))
+            else:
+                unrecorded.setdefault(folder.user_id, []).append(image_index)
+    return strange, unrecorded
+
+
+def _misleading(output_dir: Path) -> Iterator[Problem]:
+    """Find what loaders would take for a class or an image, beside the user folders."""
     for path in output_dir.iterdir():
         if path.is_dir() and not images.FOLDER_NAME.fullmatch(path.name):
             yield Problem("foreign", path.name, "loaders take every folder for a class")

@@ -15,8 +15,8 @@ from userdiff.halting import Halted, Interrupt, Stopped
 
 _LISTED = 20  # problems of a kind; --deep on a broken disk may find thousands
 _REMEDIES = {  # of what `verify` finds
-    "missing": "the job's command makes it",
-    "changed": "remove it, and the job's command makes it again",
+    "missing": "the job's command makes it, and the manifest `userdiff merge` too",
+    "changed": "the job's command makes up for another size; remove it where the size is right, and it is made again",
     "unmerged": "`userdiff merge` records it, and so does the job's command",
     "unrecorded": "`userdiff merge` records it, and so does the job's command",
     "foreign": "move it away",
@@ -34,9 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = vars(_make_parser().parse_args(argv))
     command, name = values.pop("command"), values.pop("name")
     try:
-        return int(command(**values))
+        exit_status = int(command(**values))
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody listens any longer, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         return _say_error(f"userdiff {name}: error: {error}", 2)
+    return exit_status
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -91,6 +96,8 @@ def _generate(argv: Sequence[str] | None, prog: str) -> int:
     except UsageError as error:
         return _say_error(f"{prog}: error: {error}", error.exit_status)
 
+    # where the launcher is killed, torch would bury our last line under the stacks of every failed send
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     gc.disable()  # a tenth of the time goes into looking for garbage among what is only being made
     from userdiff.runner import run  # torch takes seconds to load, --help must not
 
@@ -111,6 +118,7 @@ def _generate(argv: Sequence[str] | None, prog: str) -> int:
 def status(output_dir: Path) -> int:
     """Say how far a dataset is and how its last run ended: images done, missing and failed, user by user."""
     from userdiff import audit
+    from userdiff.facts import count
 
     found = audit.read_status(output_dir)
     print(f"{output_dir}: {found.state}{f' ({found.detail})' if found.detail else ''}")
@@ -123,7 +131,12 @@ def status(output_dir: Path) -> int:
         print(f"{user_id:>8}", *(f"{number:>8}" for number in numbers))
     print(f"{'all':>8}", *(f"{number:>8}" for number in total))
     if found.beyond:
-        print(f"and {found.beyond} images beyond the last request")
+        print(f"and {count(found.beyond, 'image')} beyond the last request")
+    if found.unrecorded and found.state != "running":
+        print(
+            f"{count(found.unrecorded, 'image')} without a row, not counted here: `userdiff merge {output_dir}` records "
+            "what is this job's, and so does the job's command"
+        )
     return 0
 
 
@@ -197,12 +210,9 @@ def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, sc
     """Write a folder's `preview.html` from its manifest, and `picture` with the first `columns` images of each user."""
     from userdiff import gallery, images, manifest, record
 
-    rows = manifest.merged_rows(output_dir)
-    if picture is not None and picture.suffix.lower() not in images.PICTURE_SUFFIXES:
-        needed = " or ".join(images.PICTURE_SUFFIXES)
-        raise ValueError(
-            f"--picture: {str(picture)!r} does not say which kind of picture, needed: a name ending in {needed}"
-        )
+    rows = manifest.listed_images(output_dir)
+    if picture is not None:
+        _check_picture(picture)
     try:
         run_record = record.RunRecord.read(output_dir)
     except (ValueError, OSError) as error:
@@ -214,6 +224,18 @@ def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, sc
         gallery.contact_sheet(output_dir, rows, columns, scale).save(picture)
         print(picture)
     return 0
+
+
+def _check_picture(path: Path) -> None:
+    from userdiff.images import PICTURE_SUFFIXES
+
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        needed = " or ".join(PICTURE_SUFFIXES)
+        raise ValueError(
+            f"--picture: {str(path)!r} does not say which kind of picture, needed: a name ending in {needed}"
+        )
+    if not path.parent.is_dir():
+        raise ValueError(f"--picture: {str(path)!r} lies in no folder, needed: one that exists")
 
 
 def inspect(output_dir: Path, real: Path | None = None, json: Path | None = None) -> int:

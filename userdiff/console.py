@@ -72,7 +72,10 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
             f"Note: {count(plan.num_items, 'image')} in batches of {plan.batch_size}; --batch_size {plan.num_items} would do"
         )
     elif config.dry_run:
-        _say(f"Padding: {plan.batches.size - plan.num_waiting} of the {plan.batches.size} rows of these batches")
+        _say(
+            f"Padding: {plan.batches.size - plan.num_waiting} of the {plan.batches.size} rows of these batches are computed "
+            "and thrown away"
+        )
     if model.compiled != "no" and plan.num_waiting:
         _say(
             f"Compiling ({model.compiled}): the first batch takes minutes longer, less once the compiler's cache is warm"
@@ -84,7 +87,7 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
 def say_removed(config: JobConfig, number: int) -> None:
     """Say what `--overwrite` has removed, or would."""
     _say(
-        f"{'To be removed' if config.dry_run else 'Removed'}: {number} images of earlier runs, from {config.output_dir}"
+        f"{'To be removed' if config.dry_run else 'Removed'}: {count(number, 'image')} of earlier runs, from {config.output_dir}"
     )
 
 

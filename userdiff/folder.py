@@ -96,13 +96,9 @@ def _refuse_foreign(output_dir: Path, run: str | None = None) -> None:
 
 
 def _refuse_other_identity(config: JobConfig, old: RunRecord, identity: dict[str, Any]) -> None:
-    changed = list(record.differences(old.identity, identity))
-    if changed:
-        fields = "; ".join(
-            f"{name} was {record.brief(before)}, is {record.brief(after)}" for name, before, after in changed
-        )
+    if changed := record.tell_differences(old.identity, identity):
         raise UsageError(
-            f"--output_dir: {config.output_dir} holds images made otherwise ({fields}); use another folder, or start "
+            f"--output_dir: {config.output_dir} holds images made otherwise ({changed}); use another folder, or start "
             "again with --overwrite"
         )
 

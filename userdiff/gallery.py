@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from userdiff import manifest
 from userdiff.facts import count, facts, notices
@@ -128,9 +128,12 @@ def _image_tag(row: Row, thumbnail: Thumbnail | None) -> str:
 
 
 def contact_sheet(output_dir: Path, rows: Table, columns: int, scale: int) -> Image.Image:
-    """Put the first `columns` images of every user side by side, a row of the picture per user."""
+    """Put the first `columns` images of every user side by side, a row of the picture per user.
+
+    An image that cannot be read is crossed out.
+    """
     users = [rows.of_user(user_id, columns) for user_id in rows.user_ids]
-    pictures = [[_enlarged(output_dir / row.file_name, scale) for row in user] for user in users]
+    pictures = [[_enlarged(output_dir, row, scale) for row in user] for user in users]
     width = _GAP + max(sum(picture.width + _GAP for picture in line) for line in pictures)
     height = _GAP + sum(max(picture.height for picture in line) + _GAP for line in pictures)
     sheet = Image.new("RGB", (width, height), "white")
@@ -144,6 +147,17 @@ def contact_sheet(output_dir: Path, rows: Table, columns: int, scale: int) -> Im
     return sheet
 
 
-def _enlarged(path: Path, scale: int) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+def _enlarged(output_dir: Path, row: Row, scale: int) -> Image.Image:
+    try:
+        with Image.open(output_dir / row.file_name, formats=["PNG"]) as picture:
+            return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    except Exception:  # Pillow has many words for a broken PNG
+        return _crossed_out(row.width * scale, row.height * scale)
+
+
+def _crossed_out(width: int, height: int) -> Image.Image:
+    picture = Image.new("RGB", (width, height), "lightgray")
+    draw = ImageDraw.Draw(picture)
+    draw.line((0, 0, width - 1, height - 1), "gray")
+    draw.line((0, height - 1, width - 1, 0), "gray")
+    return picture

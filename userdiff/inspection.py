@@ -101,7 +101,7 @@ def inspect(output_dir: Path, real_dir: Path | None = None, track: Track = manif
 
     real_dir: real images to compare with, in folders whose names end in a user's id.
     """
-    rows = manifest.merged_rows(output_dir)
+    rows = manifest.listed_images(output_dir)
     real_files = _real_files(real_dir) if real_dir else []
     names = [row.file_name for row in rows]
     users = [row.user_id for row in rows]

@@ -110,13 +110,13 @@ def load_model(
 
 def _identity(config: JobConfig, contents: dict[str, Any], precision: str, conditioning: str) -> dict[str, Any]:
     required = {**contents, "seed": config.seed, "num_inference_steps": config.num_inference_steps}
-    optional = {
-        "eta": (float(config.eta), 0.0),
-        "mixed_precision": (precision, "no"),
-        "vae_output_range": (config.vae_output_range, "unit"),
-        "conditioning": (conditioning, "trained"),
+    options = {
+        "eta": float(config.eta),
+        "mixed_precision": precision,
+        "vae_output_range": config.vae_output_range,
+        "conditioning": conditioning,
     }
-    return make_identity(required, optional)
+    return make_identity(required, options)
 
 
 def _place(module: torch.nn.Module, device: torch.device, precision: str) -> Any:

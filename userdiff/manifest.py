@@ -143,13 +143,16 @@ def recorded_rows(output_dir: Path, manifest_sha256: str | None = None, *, belie
     return rows
 
 
-def merged_rows(output_dir: Path) -> Table:
-    """Read a manifest, a row an image; raises ValueError where it holds none, saying what would help."""
-    rows = Table()
-    rows.read(output_dir / MANIFEST_NAME)
-    if not rows.keep_best():
-        where = "; an interrupted run's rows are in part files, `userdiff merge` first" * bool(part_paths(output_dir))
-        raise ValueError(f"{output_dir} holds no {MANIFEST_NAME} with images in it{where}")
+def listed_images(output_dir: Path) -> Table:
+    """Read manifest and parts, a row an image, as they are; raises ValueError where they name none.
+
+    Of what is not finished, as `find_finished` tells, there may be rows.
+    """
+    rows = recorded_rows(output_dir).keep_best()
+    if not rows:
+        has_images = any(len(folder.image_indices) for folder in images.user_folders(output_dir))
+        remedy = f"; `userdiff merge {output_dir}` makes its rows from the images" * has_images
+        raise ValueError(f"{output_dir} holds no {MANIFEST_NAME} with images in it{remedy}")
     return rows
 
 

@@ -6,10 +6,11 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +21,10 @@ LOCK_NAME = ".userdiff.lock"
 WRITERS_NAME = ".userdiff.writers"
 WRITERS_SECONDS = 15.0  # for those of a job that was just killed to go
 LOCK_SECONDS = 1.0  # whoever just looks whether a folder is held has it for an instant
+IDENTITY_DEFAULTS = {"eta": 0.0, "mixed_precision": "no", "vae_output_range": "unit", "conditioning": "trained"}
+"""Of what an identity says only where it is not so."""
 _BRIEF = 12  # characters of a value in a message
+_LISTED = 3  # changed fields of one mapping, such as that of the users
 
 
 @dataclass(kw_only=True)
@@ -71,9 +75,9 @@ class RunRecord:
         return record
 
 
-def make_identity(required: Mapping[str, Any], optional: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """Put an identity together; `optional` maps a name to (value, default), and what is at its default is left out."""
-    chosen = {name: value for name, (value, default) in optional.items() if value != default}
+def make_identity(required: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Put an identity together; of the options, what is at its default (IDENTITY_DEFAULTS) is left out."""
+    chosen = {name: value for name, value in options.items() if value != IDENTITY_DEFAULTS[name]}
     identity: dict[str, Any] = json.loads(json.dumps({**required, **chosen}))  # as it will read back
     return identity
 
@@ -93,9 +97,29 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             yield f"{prefix}{name}", before, after
 
 
-def brief(value: Any) -> str:
+def _was_and_is(name: str, before: str, after: str) -> str:
+    return f"{name} was {before}, is {after}"
+
+
+def tell_differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], tell: Callable[[str, str, str], str] = _was_and_is
+) -> str:
+    """Name all fields in which two identities differ, with both values; of a mapping in them, such as the users', a few.
+
+    tell: words one field, given its dotted name and the values as a message shows them.
+    """
+    texts: list[str] = []
+    for parent, fields in groupby(differences(old, new), key=lambda field: field[0].rpartition(".")[0]):
+        changed = list(fields)
+        shown = changed[:_LISTED] if parent else changed
+        texts += [tell(name, _brief(name, before), _brief(name, after)) for name, before, after in shown]
+        texts += [f"and {len(changed) - _LISTED} more of {parent}"] if len(changed) > len(shown) else []
+    return "; ".join(texts)
+
+
+def _brief(name: str, value: Any) -> str:
     """Show a field's value in a message: of a hash, enough to tell it from another."""
-    text = "default" if value is None else str(value)
+    text = str(IDENTITY_DEFAULTS.get(name, "absent") if value is None else value)
     return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."
 
 

@@ -12,7 +12,7 @@ from userdiff.images import encode_png
 from userdiff.loading import JobModel
 from userdiff.manifest import Recipe
 from userdiff.planning import seats
-from userdiff.record import RunRecord, differences
+from userdiff.record import RunRecord, tell_differences
 from userdiff.table import Item
 
 
@@ -45,8 +45,8 @@ def make_image(config: JobConfig, model: JobModel, user_id: int, image_index: in
 def _batch_size(config: JobConfig, model: JobModel) -> int:
     record = RunRecord.read(config.output_dir)
     if record and record.run != model.run:
-        names = ", ".join(name for name, _, _ in differences(record.identity, model.identity))
-        raise ValueError(f"--output_dir: {config.output_dir} holds images made otherwise, with another {names}")
+        changed = tell_differences(record.identity, model.identity)
+        raise ValueError(f"--output_dir: {config.output_dir} holds images made otherwise ({changed})")
     return int(config.batch_size or (record.numerics["batch_size"] if record else DEFAULT_BATCH_SIZE))
 
 
