@@ -2,7 +2,7 @@
 
     python -m tests.chaos --kills 300 --seed 7
 
-A round starts the job as a user would, with 1 to 3 processes, every fifth time as two machines on loopback, waits for a
+A round starts the job as a user would, with 1 to 3 processes, now and then as two machines on loopback, waits for a
 random moment after its first new image and kills something of it. Then every process has to go, what lies under a final
 name has to be whole and right, and sometimes a file is damaged. The next round runs the same command; the one that comes
 to its end has to leave the very bytes of a run that nobody disturbed. What is chosen is a function of the seed and the
@@ -39,7 +39,7 @@ SHAPE = Shape(sample_size=16)
 JOB_FLAGS = ["--num_images_per_user", "60", "--num_inference_steps", "2", "--batch_size", "4"]
 NUM_JOB_SEEDS = 3  # datasets share as many undisturbed runs
 KILLS_OF_A_DATASET = 12  # then it may come to its end
-TWO_MACHINES_EVERY = 5  # rounds; they take the longest to start
+TWO_MACHINES_EVERY = 5  # rounds, if nobody says otherwise; they take the longest to start
 MAX_FAILURES = 5
 ANY = 10**6  # images may be missing
 JOB_SECONDS = 240  # no run takes that long
@@ -158,8 +158,11 @@ class Tally:
 class Chaos:
     """Rounds, until so many kills have been and the last dataset is done."""
 
-    def __init__(self, root: Path, seed: int, num_kills: int, say: Callable, on_kill: Callable) -> None:
-        self.root, self.seed, self.num_kills, self.say, self.on_kill = root, seed, num_kills, say, on_kill
+    def __init__(
+        self, root: Path, seed: int, num_kills: int, two_machines_every: int, say: Callable, on_kill: Callable
+    ) -> None:
+        self.root, self.seed, self.say, self.on_kill = root, seed, say, on_kill
+        self.num_kills, self.two_machines_every = num_kills, two_machines_every
         self.flags = [*model_flags(make_checkpoint(root / "checkpoint", SHAPE), SHAPE), *JOB_FLAGS]
         self.num_rounds, self.what = 0, ""
         self.tally = Tally()
@@ -203,7 +206,7 @@ class Chaos:
         """Start the job, kill something of it and look at what is left; whether it came to its end all the same."""
         self.num_rounds += 1
         rng = Random(f"{self.seed}/{self.num_rounds}")
-        choices = Choices.draw(rng, num_machines=1 if self.num_rounds % TWO_MACHINES_EVERY else 2)
+        choices = Choices.draw(rng, num_machines=1 if self.num_rounds % self.two_machines_every else 2)
         self.what = f"no kill: {choices.kind} proc."
         job = self.start_job(choices, dataset.flags)
         family: dict[int, Stat] = {}
@@ -335,6 +338,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=300, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="of all choices (default: a random one, printed)")
+    parser.add_argument(
+        "--two_machines_every", type=int, default=TWO_MACHINES_EVERY, help="so many rounds (default: %(default)s)"
+    )
     parser.add_argument("--verbose", action="store_true", help="a line for every kill instead of a progress bar")
     args = parser.parse_args(argv)
     seed = SystemRandom().randrange(10**6) if args.seed is None else args.seed
@@ -344,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say = partial(print, flush=True) if args.verbose else lambda line: None
     bar = tqdm(total=args.kills, unit=" kills", dynamic_ncols=True, disable=args.verbose or None)
     with patch.dict(os.environ, environment), bar:
-        chaos = Chaos(root, seed, args.kills, say, on_kill=bar.update)
+        chaos = Chaos(root, seed, args.kills, args.two_machines_every, say, on_kill=bar.update)
         with suppress(KeyboardInterrupt):  # what there was until then is worth a tally
             chaos.run()
     print(f"seed {seed}", chaos.tally, sep="\n")

@@ -1,5 +1,7 @@
 """The row format, and rows as arrays, against plain lists of them."""
 
+import gc
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -87,6 +89,20 @@ def test_a_line_that_is_no_row_is_passed_over(tmp_path, bad):
     path = tmp_path / "manifest.csv"
     path.write_text(HEADER + "\n" + line(ROWS[0]) + bad + ("" if bad.endswith("\n") else line(ROWS[1])) + line(ROWS[2]))
     assert list(read_rows(path)) == [ROWS[0], ROWS[2]]
+
+
+@pytest.mark.parametrize("is_collecting", [True, False])
+def test_reading_leaves_the_garbage_collector_as_it_was(is_collecting, tmp_path):
+    (tmp_path / "manifest.csv").write_text(HEADER + "\n" + line(ROWS[0]))
+    rows = read_rows(tmp_path / "manifest.csv")
+    try:
+        (gc.enable if is_collecting else gc.disable)()
+        assert next(rows) == ROWS[0]
+        assert gc.isenabled() == is_collecting  # between two pieces too
+        assert list(rows) == []
+        assert gc.isenabled() == is_collecting
+    finally:
+        gc.enable()
 
 
 def test_line_ends_of_another_system_are_read(tmp_path):

@@ -1,8 +1,10 @@
 """The rows of manifests as arrays: ten million take half a gigabyte, and those of a user are compared at once."""
 
+import gc
 import mmap
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -248,8 +250,24 @@ def _read_records(path: Path, standing: int) -> Iterator[tuple[NDArray[np.int64]
         return
     with open(path, "rb") as file:
         while lines := file.read(_PIECE_BYTES) + file.readline():
-            if matches := _LINE.findall(lines):
-                yield _parsed(matches, standing)
+            with _uncollected():
+                matches = _LINE.findall(lines)
+                parsed = _parsed(matches, standing) if matches else None
+                del matches
+            if parsed:
+                yield parsed
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Make many objects without the garbage collector looking through them again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _parsed(matches: list[tuple[bytes, ...]], standing: int) -> tuple[NDArray[np.int64], NDArray[np.void]]:
