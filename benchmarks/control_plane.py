@@ -4,7 +4,8 @@
     python -m benchmarks.control_plane --num_images 1000000 10000000 --without_files
 
 Each part runs in a process of its own, between bare loops that read the same files with nothing but the standard
-library, so that both feel the machine's mood. Memory is what the part's peak has over the process before it.
+library, and datasets of several sizes take turns, so that all feel the machine's mood. Of the rounds the fastest counts.
+Memory is what the part's peak has over the process before it.
 Images are empty files; without files, what a walk would find is made up, and what needs the walk is left out.
 """
 
@@ -17,8 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -185,40 +188,63 @@ def measure(name: str, folder: Path, num_images: int, *, with_files: bool) -> No
     print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
-def table_of(num_images: int, scratch: Path, *, with_files: bool, rounds: int) -> None:
-    """Measure every part, by turns, and print a table of the fastest of the rounds."""
-    folder = scratch / f"dataset-{num_images}"
-    started = time.perf_counter()
-    make_dataset(folder, num_images, with_files=with_files)
-    print(f"{num_images} images, made in {time.perf_counter() - started:.0f} s\n", file=sys.stderr, flush=True)
+class Sample(NamedTuple):
+    """What a part took: the fastest and the smallest of the rounds."""
+
+    seconds: float
+    num_bytes: float
+
+
+def sample(name: str, folder: Path, num_images: int, *, with_files: bool) -> Sample:
+    """Measure a part in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.control_plane", "--part", name, "--folder", str(folder)]
+    command += ["--num_images", str(num_images), *["--without_files"] * (not with_files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{name}: {done.stderr}")
+    return Sample(*map(float, done.stdout.split()))
+
+
+def measure_all(scratch: Path, sizes: Sequence[int], *, with_files: bool, rounds: int) -> dict[int, dict[str, Sample]]:
+    """Measure every part of datasets of all sizes, which take turns: size -> part -> its best."""
+    folders = {num_images: scratch / f"dataset-{num_images}" for num_images in sizes}
+    for num_images, folder in folders.items():
+        started = time.perf_counter()
+        make_dataset(folder, num_images, with_files=with_files)
+        print(f"{num_images} images, made in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     names = [name for name in PARTS if with_files or name not in NEEDS_FILES]
-    seconds: dict[str, float] = {}
-    memory: dict[str, float] = {}
-    for _ in range(rounds):
-        for name in names:
-            command = [sys.executable, "-m", "benchmarks.control_plane", "--part", name, "--folder", str(folder)]
-            command += ["--num_images", str(num_images), *["--without_files"] * (not with_files)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(f"{name}: {done.stderr}")
-            found, peak = map(float, done.stdout.split())
-            seconds[name] = min(found, seconds.get(name, found))
-            memory[name] = min(peak, memory.get(name, peak))
-    print(
-        f"| {num_images} images{'' if with_files else ', no files'} | seconds | microseconds an image | bytes an image |"
-    )
-    print("|---|---|---|---|")
-    for name in names:
-        print(
-            f"| {name} | {seconds[name]:.2f} | {1e6 * seconds[name] / num_images:.2f} | {memory[name] / num_images:.0f} |"
-        )
+    best: dict[int, dict[str, Sample]] = {num_images: {} for num_images in sizes}
+    for number in range(rounds):
+        for name, (num_images, folder) in product(names, folders.items()):
+            found = sample(name, folder, num_images, with_files=with_files)
+            best[num_images][name] = Sample(*map(min, found, best[num_images].get(name, found)))
+        print(f"round {number + 1} of {rounds} is done", file=sys.stderr, flush=True)
+    return best
+
+
+def print_table(num_images: int, samples: dict[str, Sample]) -> None:
+    """Print what each part took, and the targets."""
+    without = "" if samples.keys() >= NEEDS_FILES else ", no files"
+    print(f"\n| {num_images} images{without} | seconds | microseconds an image | bytes an image |\n|---|---|---|---|")
+    for name, (seconds, num_bytes) in samples.items():
+        print(f"| {name} | {seconds:.2f} | {1e6 * seconds / num_images:.2f} | {num_bytes / num_images:.0f} |")
     for name, bare, at_most in TARGETS:
-        if all(part in seconds for part in (name, *bare)):
-            ratio = seconds[name] / sum(seconds[part] for part in bare)
-            print(
-                f"\n{name} : {' + '.join(bare)} = {ratio:.2f}, target {at_most}: {'met' if ratio <= at_most else 'MISSED'}"
-            )
-    print(flush=True)
+        if samples.keys() >= {name, *bare}:
+            ratio = samples[name].seconds / sum(samples[part].seconds for part in bare)
+            is_met = "met" if ratio <= at_most else "MISSED"
+            print(f"\n{name} : {' + '.join(bare)} = {ratio:.2f}, target {at_most}: {is_met}")
+
+
+def print_growth(best: dict[int, dict[str, Sample]]) -> None:
+    """Print how much longer each part takes for the most images than for the fewest."""
+    fewest, most = min(best), max(best)
+    if fewest == most:
+        return
+    times = most / fewest
+    print(f"\n| {most} images against {fewest}, {times:g} times as many | times as long |\n|---|---|")
+    for name, few in best[fewest].items():
+        print(f"| {name} | {best[most][name].seconds / few.seconds:.2f} |")
+    print(f"\nLinear within a fifth: at most {1.2 * times:g}")
 
 
 def main() -> None:
@@ -234,9 +260,11 @@ def main() -> None:
     if args.part:
         measure(args.part, args.folder, args.num_images[0], with_files=with_files)
         return
-    for num_images in args.num_images:
-        with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-            table_of(num_images, Path(scratch), with_files=with_files, rounds=args.rounds)
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        best = measure_all(Path(scratch), args.num_images, with_files=with_files, rounds=args.rounds)
+    for num_images, samples in best.items():
+        print_table(num_images, samples)
+    print_growth(best)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,8 @@ def _without_rows(
     recorded = rows.image_indices()
     for folder in folders:
         strange += [Problem("foreign", f"{folder.name}/{name}", "not an image of a job") for name in folder.others]
-        for image_index in np.setdiff1d(folder.image_indices, recorded.get(folder.user_id, _NONE)).tolist():
+        known = recorded.get(folder.user_id, _NONE)
+        for image_index in np.setdiff1d(folder.image_indices, known, assume_unique=True).tolist():
             name = images.file_name(folder.user_id, image_index)
             text = images.read_text_chunks(output_dir / name)
             if text is None:

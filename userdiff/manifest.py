@@ -20,7 +20,7 @@ from userdiff.table import BELIEVED, CLAIMED, FINISHED, HEADER, Item, Row, Table
 MANIFEST_NAME = "manifest.csv"
 READER_THREADS = 8
 _PART_NAME = re.compile(r"manifest\.part-\d{5,}\.csv")
-_PIECE_BYTES = 2**20
+_PIECE_BYTES = 2**18
 _SLICE = 1000
 
 T = TypeVar("T")
@@ -218,7 +218,8 @@ def _keep_finished(rows: Table, recipe: Recipe) -> list[Item]:
         block = rows.block(user_id)
         is_finished = (block["standing"] == FINISHED) & is_last(block)
         recorded = block["image_index"][recipe.agrees(user_id, block)]
-        lost += [(user_id, index) for index in np.setdiff1d(recorded, block["image_index"][is_finished]).tolist()]
+        without = recorded[~np.isin(recorded, block["image_index"][is_finished])]
+        lost += [(user_id, index) for index in np.unique(without).tolist()]
         rows.keep(user_id, is_finished)
     return lost
 

@@ -42,7 +42,7 @@ _LINE = re.compile(
     + rb"(\1,\2,%b,%b),(trained|random),(%b,%b,%b),([0-9a-f]{64})\r?\n" % (5 * (_NUMBER,)),
     re.MULTILINE,
 )
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 2**18  # some 2,000 lines, whose objects fit into a cache
 
 T = TypeVar("T")
 Item = tuple[int, int]
@@ -140,7 +140,7 @@ class Table:
         block = self._blocks.get(user_id, _NONE)[: self._lengths.get(user_id, 0)]
         if user_id in self._unsorted:
             self._unsorted.remove(user_id)
-            if not is_last(block).all() or (np.diff(block["image_index"].astype(np.int64)) < 0).any():
+            if (block["image_index"][1:] <= block["image_index"][:-1]).any():
                 block[:] = block[np.lexsort((block["standing"], block["image_index"]))]
         return block
 
@@ -212,7 +212,10 @@ def _room_for(number: int) -> NDArray[np.void]:
 
 def is_last(block: NDArray[np.void]) -> NDArray[np.bool_]:
     """Which rows of a sorted block are the last of their image: [number] bool."""
-    return np.diff(block["image_index"].astype(np.int64), append=-1) != 0
+    image_indices = block["image_index"]
+    last = np.ones(len(block), bool)
+    last[:-1] = image_indices[1:] != image_indices[:-1]
+    return last
 
 
 def slices(values: Iterable[T], number: int) -> Iterator[list[T]]:
