@@ -99,7 +99,7 @@ def work(case: Case, output_dir: Path, *, is_static: bool) -> None:
         if coordinator.is_main_process:
             (output_dir / images.file_name(1, 0)).parent.mkdir(parents=True)
             store.set("begun", str(time.monotonic()))
-            coordinator.publish_plan(MODEL.run, plan.to_bytes())
+            coordinator.publish_plan(MODEL.run, {}, plan.to_bytes())
         coordinator.receive_plan()
         time.sleep(case.delays()[index])
         if is_static:

@@ -63,8 +63,8 @@ def test_every_batch_is_claimed_once(processes):
 def test_the_plan_reaches_everyone_as_it_was(processes):
     main, *others = processes(3)
     plan = bytes(range(256)) * 3 + b"\n\n"
-    threading.Timer(0.2, main.publish_plan, args=("0af3", plan)).start()
-    assert [other.receive_plan() for other in others] == [("0af3", plan)] * 2
+    threading.Timer(0.2, main.publish_plan, args=("0af3", {"threads": 1}, plan)).start()
+    assert [other.receive_plan() for other in others] == [("0af3", {"threads": 1}, plan)] * 2
 
 
 def test_progress_and_failures_add_up(processes):

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import platform
 import random
+import re
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -12,10 +15,13 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests import jobs
 from tests.checkpoints import model_flags
 from tests.jobs import play_processes, run_job, tree
 from tests.oracle import assert_parity, oracle_image, oracle_seed
 from userdiff.halting import Failed
+from userdiff.loading import JobModel
+from userdiff.runner import run_process
 from userdiff.table import COLUMNS
 
 NUM_USERS = 5
@@ -270,6 +276,28 @@ def test_other_numerics_warn_and_are_kept_with_the_run_they_were_of(flags, tmp_p
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["numerics"]["batch_size"] == 4
     assert [run["numerics"]["batch_size"] for run in record["history"]] == [4, 8, 4]
+
+
+def test_processes_with_other_numerics_than_the_main_one_warn_once_a_kind(flags, tmp_path, capsys, monkeypatch):
+    class OtherCard(JobModel):
+        device_name = "another card"
+
+    def run_on_two_kinds(config, model, coordinator):
+        is_other = coordinator.process_index in (1, 3)
+        return run_process(config, OtherCard(**vars(model)) if is_other else model, coordinator)
+
+    monkeypatch.setattr(jobs, "run_process", run_on_two_kinds)
+    job = [*flags, "--num_images_per_user", 2, "--batch_size", 2]
+    assert play_processes(4, *job, "--output_dir", tmp_path / "mixed") == [0] * 4
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "the main process" in line]
+    who = rf"process [13] on {re.escape(socket.gethostname())}"
+    said = (
+        rf"Warning: device is another card in {who}, {platform.machine()} in the main process; last bits may depend .*"
+    )
+    assert re.fullmatch(said, warning)
+    monkeypatch.undo()
+    assert play_processes(4, *job, "--output_dir", tmp_path / "alike") == [0] * 4
+    assert "the main process" not in capsys.readouterr().err
 
 
 def test_fewer_train_user_ids_than_rows_warn(flags, tmp_path, capsys):

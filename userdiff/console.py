@@ -222,6 +222,11 @@ def warn_of_numerics(name: str, before: object, after: object) -> None:
     _warn(f"{name} was {before} when this folder was begun, is {after}; new images may differ in last bits")
 
 
+def warn_of_mixture(name: str, process: str, here: object, there: object) -> None:
+    """Warn that a process has other numerics than the main process."""
+    _warn(f"{name} is {here} in {process}, {there} in the main process; last bits may depend on who makes an image")
+
+
 def warn_of_range(output_range: str) -> None:
     """Warn that decoded images contradict `--vae_output_range`."""
     other = "signed" if output_range == "unit" else "unit"

@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
@@ -130,6 +130,7 @@ class Coordinator:
         self.num_processes = num_processes
         self.machine = machine
         self.num_machines = num_machines
+        self.name = f"process {process_index} on {socket.gethostname()}"  # as messages say it
         self.interrupt = interrupt or Interrupt()
         self._parent = os.getppid()
         self._watch = _Watch()
@@ -164,10 +165,9 @@ class Coordinator:
 
     def halt(self, error: BaseException, cause: str | None = None) -> None:
         """Tell every process to end, of this cause or of an error here; the first reason given is the one that counts."""
-        here = f"process {self.process_index} on {socket.gethostname()}"
         reason = {
             "signal_number": error.signal_number if isinstance(error, Stopped) else None,
-            "cause": cause or f"{here}: {error or type(error).__name__}",
+            "cause": cause or f"{self.name}: {error or type(error).__name__}",
             "exit_status": getattr(error, "exit_status", 1),
         }
         self._ask(lambda store: store.compare_set("halt", "", json.dumps(reason)))
@@ -205,15 +205,17 @@ class Coordinator:
 
     # The plan and its batches
 
-    def publish_plan(self, run: str, plan: bytes) -> None:
-        """Hand the frozen plan to every process, with the identity hash it was made for (main process)."""
-        self._ask(lambda store: store.set("plan", run.encode() + b"\n" + plan))  # type: ignore[arg-type] # bytes go too
+    def publish_plan(self, run: str, numerics: Mapping[str, Any], plan: bytes) -> None:
+        """Hand the frozen plan to every process, with the identity hash and the numerics it is for (main process)."""
+        message = json.dumps([run, numerics]).encode() + b"\n" + plan
+        self._ask(lambda store: store.set("plan", message))  # type: ignore[arg-type] # bytes go too
 
-    def receive_plan(self) -> tuple[str, bytes]:
-        """Wait for the identity hash and the frozen plan."""
+    def receive_plan(self) -> tuple[str, dict[str, Any], bytes]:
+        """Wait for the identity hash, the main process's numerics, and the frozen plan."""
         self._wait_until(lambda store: bool(store.check(["plan"])))
-        run, _, plan = self._ask(lambda store: bytes(store.get("plan"))).partition(b"\n")
-        return run.decode(), plan
+        header, _, plan = self._ask(lambda store: bytes(store.get("plan"))).partition(b"\n")
+        run, numerics = json.loads(header)
+        return run, numerics, plan
 
     def next_batch(self) -> int:
         """Claim the next batch: 0, 1, 2, ... each given to one process alone."""
@@ -261,6 +263,10 @@ class Coordinator:
         items = [json.loads(self._ask(lambda store, key=key: store.get(key))) for key in keys]  # type: ignore[misc]
         return sorted((user_id, image_index) for user_id, image_index in items)
 
+    def is_first(self, what: str) -> bool:
+        """Whether no process has asked this of the same before."""
+        return self._add(f"asked/{what}", 1) == 1
+
     def say_once(self, say: Callable[[], None]) -> None:
         """Have the main process say something before any process leaves; one of the others says it if the main is gone.
 
@@ -270,7 +276,7 @@ class Coordinator:
             if self._ask(lambda store: store.check(["said"])):
                 return
             time.sleep(POLL_SECONDS)
-        if self.is_main_process or self._add("speakers", 1) == 1:
+        if self.is_main_process or self.is_first("speak"):
             say()
             self._ask(lambda store: store.set("said", ""))
 

@@ -106,13 +106,17 @@ def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
     if coordinator.is_main_process:
         return _run_main(config, model, coordinator)
     sharing.look(config.output_dir, coordinator)
-    run_hash, plan = coordinator.receive_plan()
+    run_hash, numerics, packed = coordinator.receive_plan()
     if run_hash != model.run:
         raise UsageError(
             f"process {coordinator.process_index} has other models or other flags than the main process; every machine "
             "needs the same files and the same command"
         )
-    make_images(config, model, Plan.from_bytes(plan), coordinator, on_step=coordinator.check)
+    plan = Plan.from_bytes(packed)
+    for name, there, here in record.differences(numerics, _numerics(config, model, plan.batch_size)):
+        if coordinator.is_first(f"{name} {here}"):
+            console.warn_of_mixture(name, coordinator.name, here, there)
+    make_images(config, model, plan, coordinator, on_step=coordinator.check)
     coordinator.finish()
     return 0
 
@@ -139,7 +143,8 @@ def _survey(
         with coordinator.interrupt.abandonable():
             sha256 = old_record.manifest_sha256 if old_record else None
             found = manifest.find_finished(config.output_dir, recipe, sha256, track=progress.show_reading)
-    numerics = _numerics(config, model, old_record)
+    begun_with = old_record.numerics["batch_size"] if old_record else DEFAULT_BATCH_SIZE
+    numerics = _numerics(config, model, config.batch_size or begun_with)
     wanted = _wanted(config, model)
     done = found.rows.image_indices()
     plan = make_plan(wanted, config.num_images_per_user, numerics["batch_size"], done)
@@ -162,7 +167,7 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
         run_record.manifest_sha256 = manifest.write_manifest(config.output_dir, found.rows)
         del found
         with folder.history_entry(config, run_record, numerics, plan, coordinator) as entry:
-            coordinator.publish_plan(model.run, plan.to_bytes())
+            coordinator.publish_plan(model.run, numerics, plan.to_bytes())
             with console.show_progress(config.output_dir, plan, coordinator) as refresh:
                 make_images(config, model, plan, coordinator, on_step=refresh)
                 coordinator.finish()
@@ -192,10 +197,9 @@ def _finished(
     return rows, flat
 
 
-def _numerics(config: JobConfig, model: JobModel, old_record: RunRecord | None) -> dict[str, Any]:
-    begun_with = old_record.numerics["batch_size"] if old_record else DEFAULT_BATCH_SIZE
+def _numerics(config: JobConfig, model: JobModel, batch_size: int) -> dict[str, Any]:
     return {
-        "batch_size": config.batch_size or begun_with,
+        "batch_size": batch_size,
         "device": model.device_name,
         "compiled": model.compiled,
         "threads_per_process": torch.get_num_threads(),
