@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from userdiff.record import (
     IDENTITY_DEFAULTS,
+    LOCK_NAME,
     RunRecord,
     differences,
     folder_lock,
@@ -320,6 +323,25 @@ def test_two_folders_have_two_locks(tmp_path):
 
 
 # Those who may still write
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named_with_what_helps(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(ValueError, match=f"keeps no locks.*{os.strerror(number)}.*a folder on another one"),
+        folder_lock(tmp_path),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    held = tmp_path / LOCK_NAME  # by a machine that has locks there
+    held.touch()
+    with pytest.raises(ValueError, match="keeps no locks"), folder_lock(tmp_path):
+        pass
+    assert held.exists()
 
 
 def test_a_process_that_may_still_write_is_waited_for_and_then_refused(tmp_path):

@@ -1,5 +1,6 @@
 """`run.json`: what decided the pixels, what they were computed with, how each run went; and the folder's lock."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,6 +24,7 @@ WRITERS_SECONDS = 15.0  # for those of a job that was just killed to go
 LOCK_SECONDS = 1.0  # whoever just looks whether a folder is held has it for an instant
 IDENTITY_DEFAULTS = {"eta": 0.0, "mixed_precision": "no", "vae_output_range": "unit", "conditioning": "trained"}
 """Of what an identity says only where it is not so."""
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _BRIEF = 12  # characters of a value in a message
 _LISTED = 3  # changed fields of one mapping, such as that of the users
 
@@ -143,16 +145,25 @@ def made_folder(path: Path) -> Iterator[None]:
 
 @contextmanager
 def folder_lock(output_dir: Path) -> Iterator[None]:
-    """Hold a folder for one job; raises ValueError naming the holder where another job has it.
+    """Hold a folder for one job; raises ValueError naming the holder where another job has it, or if none can hold it.
 
     A lock of the operating system: a killed job leaves none behind.
     """
     path = output_dir / LOCK_NAME
-    lock = FileLock(path, timeout=LOCK_SECONDS, fallback_to_soft=False)
+    lock, was_there = FileLock(path, timeout=LOCK_SECONDS, fallback_to_soft=False), path.exists()
     try:
         lock.acquire()
     except Timeout as error:
         raise ValueError(f"{output_dir} is in use by another job ({_holder(path)})") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        if not was_there:  # else it may be held, by a machine that mounts the folder with locks
+            path.unlink(missing_ok=True)
+        raise ValueError(
+            f"the file system of {output_dir} keeps no locks ({error.strerror}), and only they keep a second job out; use "
+            "a folder on another one, or have it mounted with locks (Lustre: -o flock)"
+        ) from error
     try:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
