@@ -205,14 +205,15 @@ def sample(name: str, folder: Path, num_images: int, *, with_files: bool) -> Sam
     return Sample(*map(float, done.stdout.split()))
 
 
-def measure_all(scratch: Path, sizes: Sequence[int], *, with_files: bool, rounds: int) -> dict[int, dict[str, Sample]]:
-    """Measure every part of datasets of all sizes, which take turns: size -> part -> its best."""
+def measure_all(
+    scratch: Path, sizes: Sequence[int], names: Sequence[str], *, with_files: bool, rounds: int
+) -> dict[int, dict[str, Sample]]:
+    """Measure the parts of datasets of all sizes, which take turns: size -> part -> its best."""
     folders = {num_images: scratch / f"dataset-{num_images}" for num_images in sizes}
     for num_images, folder in folders.items():
         started = time.perf_counter()
         make_dataset(folder, num_images, with_files=with_files)
         print(f"{num_images} images, made in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    names = [name for name in PARTS if with_files or name not in NEEDS_FILES]
     best: dict[int, dict[str, Sample]] = {num_images: {} for num_images in sizes}
     for number in range(rounds):
         for name, (num_images, folder) in product(names, folders.items()):
@@ -222,9 +223,9 @@ def measure_all(scratch: Path, sizes: Sequence[int], *, with_files: bool, rounds
     return best
 
 
-def print_table(num_images: int, samples: dict[str, Sample]) -> None:
+def print_table(num_images: int, samples: dict[str, Sample], *, with_files: bool) -> None:
     """Print what each part took, and the targets."""
-    without = "" if samples.keys() >= NEEDS_FILES else ", no files"
+    without = "" if with_files else ", no files"
     print(f"\n| {num_images} images{without} | seconds | microseconds an image | bytes an image |\n|---|---|---|---|")
     for name, (seconds, num_bytes) in samples.items():
         print(f"| {name} | {seconds:.2f} | {1e6 * seconds / num_images:.2f} | {num_bytes / num_images:.0f} |")
@@ -252,6 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_images", type=int, nargs="+", default=[1_000_000])
     parser.add_argument("--without_files", action="store_true", help="make up what a walk of the folder finds")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=[*PARTS], metavar="PART", help="by its name in the table")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to make the datasets (default: a temporary folder)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
@@ -261,9 +263,10 @@ def main() -> None:
         measure(args.part, args.folder, args.num_images[0], with_files=with_files)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        best = measure_all(Path(scratch), args.num_images, with_files=with_files, rounds=args.rounds)
+        names = [name for name in args.only if with_files or name not in NEEDS_FILES]
+        best = measure_all(Path(scratch), args.num_images, names, with_files=with_files, rounds=args.rounds)
     for num_images, samples in best.items():
-        print_table(num_images, samples)
+        print_table(num_images, samples, with_files=with_files)
     print_growth(best)
 
 
