@@ -14,11 +14,10 @@ from userdiff.config import (
     UsageError,
     bundled_model,
     errors_of,
-    format_ids,
-    id_range,
     make_parser,
     parse_args,
 )
+from userdiff.parsing import format_ids, id_range
 
 SCRIPT = Path(__file__).parents[1] / "batch_generate.py"
 DEMO_CHECKPOINT = Path(userdiff.__file__).parent / "demo" / "checkpoint"

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from userdiff import images, manifest
-from userdiff.config import id_range
 from userdiff.facts import count
 from userdiff.manifest import Recipe, Track
+from userdiff.parsing import id_range
 from userdiff.record import RECORD_NAME, RunRecord, folder_lock, lock_holder
 from userdiff.table import COLUMNS, Item, Row, Table
 
@@ -122,7 +122,7 @@ def verify(output_dir: Path, *, deep: bool = False, track: Track = manifest.untr
     recipe = Recipe.of(run_record.identity, run_record.run) if run_record else None
     folders = list(images.user_folders(output_dir))  # before the rows, which come after the files while a job runs
     rows = _rows(output_dir, recipe)
-    strange, unrecorded = _without_rows(output_dir, folders, rows)
+    strange, unrecorded = _without_rows(output_dir, folders, rows, recipe)
     problems = [*_manifest_problems(output_dir, run_record), *_misleading(output_dir), *strange]
     if lock_holder(output_dir) is None:  # else their rows may be on the way
         problems += [
@@ -170,9 +170,12 @@ def _without_files(folders: Iterable[images.UserFolder], rows: Table) -> list[Ro
 
 
 def _without_rows(
-    output_dir: Path, folders: Iterable[images.UserFolder], rows: Table
+    output_dir: Path, folders: Iterable[images.UserFolder], rows: Table, recipe: Recipe | None
 ) -> tuple[list[Problem], dict[int, list[int]]]:
-    """Find what lies in user folders and has no row: what is not a job's or is damaged, and a job's images by user."""
+    """Find what lies in user folders and has no row: what is not a job's or is damaged, and a job's images by user.
+
+    A job's are those of the recipe, where there is one.
+    """
     strange: list[Problem] = []
     unrecorded: dict[int, list[int]] = {}
     recorded = rows.image_indices()
@@ -186,6 +189,10 @@ def _without_rows(
                 strange.append(Problem("changed", name, "no row in the manifest, and not a readable PNG"))
             elif images.RUN_CHUNK not in text:
                 strange.append(Problem("foreign", name, "not made by a job"))
+            elif recipe and text[images.RUN_CHUNK] != recipe.run:
+                strange.append(Problem("foreign", name, "made with another model or other settings"))
+            elif recipe and text != recipe.text_chunks(folder.user_id, image_index):
+                strange.append(Problem("changed", name, "it says to be another image"))
             else:
                 unrecorded.setdefault(folder.user_id, []).append(image_index)
     return strange, unrecorded

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from userdiff.config import UsageError, parse_args, path
+from userdiff.config import UsageError, parse_args
 from userdiff.halting import Halted, Interrupt, Stopped
+from userdiff.parsing import path
 
 _LISTED = 20  # problems of a kind; --deep on a broken disk may find thousands
 _REMEDIES = {  # of what `verify` finds
@@ -255,14 +256,16 @@ def inspect(output_dir: Path, real: Path | None = None, json: Path | None = None
 
 def _say_error(line: str, status: int, *, is_alone: bool = False) -> int:
     """Print one line, once: the main process does, before any process of the launch leaves. Returns `status`."""
-    one_line = " ".join(line.splitlines())
-    if is_alone or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        print(one_line, file=sys.stderr)
-        return status
-    from userdiff.coordination import connect
+    from userdiff.progress import unheard
 
     def say() -> None:
-        print(one_line, file=sys.stderr, flush=True)
+        with unheard(sys.stderr):
+            print(" ".join(line.splitlines()), file=sys.stderr)
+
+    if is_alone or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        say()
+        return status
+    from userdiff.coordination import connect
 
     try:
         with connect(patience=_SAY_PATIENCE) as coordinator:

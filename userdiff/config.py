@@ -3,23 +3,25 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from userdiff.parsing import MAX_USERS, id_range, number, path, whole_number
+
 BUNDLED_CHECKPOINT = Path(__file__).parent / "demo" / "checkpoint"
 BUNDLED_NUM_USERS = 10
 DEFAULT_BATCH_SIZE = 16
 MAX_SEED = 2**63 - 1
-MAX_USERS = 2**24
 MAX_USER_ID = 10**18 - 1
 MAX_IMAGES_PER_USER = 2**32  # image seeds are one to one within a user up to here
 MODEL_FLAGS = ("vae_path", "unet_path", "condition_encoder_path", "num_users")
 
-_MAX_DIGITS = 4000  # Python refuses to read longer numbers
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _DASHES = "-\N{EN DASH}\N{EM DASH}"  # what a word processor makes of two hyphens, too
 
 _DESCRIPTION = """\
@@ -49,64 +51,20 @@ class UsageError(Exception):
 def errors_of(flag: str) -> Iterator[None]:
     """Turn what a library function says about bad input into a UsageError that names the flag it came by.
 
-    Where the operating system said it, of a file, what the flag's help says is needed is added.
+    Where the operating system said it, of a file, what the flag's help says is needed is added. A full disk is no bad
+    input, and passes.
     """
     try:
         yield
     except (ValueError, OSError) as error:
+        if getattr(error, "errno", None) in _FULL:
+            raise
         what = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             helps = {f"--{declared.name}": declared.metadata["help"] for declared in dataclasses.fields(JobConfig)}
             needed = helps[flag].partition(" (default: ")[0]
             what = f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}), needed: {needed}"
         raise UsageError(f"{flag}: {what}") from error
-
-
-def path(text: str) -> Path:
-    """Parse a path for argparse; an empty one, as of a shell variable that is not set, would mean the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("'' is not a path; the current folder is .")
-    return Path(text)
-
-
-def whole_number(text: str) -> int:
-    """Parse an int for argparse, which prints the message of what is raised here."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def number(text: str) -> float:
-    """Parse a float for argparse."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-
-
-def id_range(text: str) -> range:
-    """Parse one id or one range of ids: `5`, `10-15`."""
-    first, dash, last = text.partition("-")
-    if not first.isdecimal() or (dash and not last.isdecimal()) or max(len(first), len(last)) > _MAX_DIGITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an id (5) or a range of ids (10-15), ids start at 1")
-    ids = range(int(first), int(last or first) + 1)
-    if ids.start >= ids.stop:
-        raise argparse.ArgumentTypeError(f"{text!r} runs backwards, write {last}-{first}")
-    if ids.stop - ids.start > MAX_USERS:
-        raise argparse.ArgumentTypeError(f"{text!r} names more than {MAX_USERS} users")
-    return ids
-
-
-def format_ids(ids: Iterable[int]) -> str:
-    """Write ids the way `--user_ids` reads them: `1-3 5`."""
-    runs: list[list[int]] = []
-    for user_id in sorted(ids):
-        if runs and user_id == runs[-1][1] + 1:
-            runs[-1][1] = user_id
-        else:
-            runs.append([user_id, user_id])
-    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _flag(group: str, help_text: str, default: Any = MISSING, **argparse_options: Any) -> Any:

@@ -1,6 +1,5 @@
 """What the main process tells the user: the plan, one progress bar for the whole job, warnings, the outcome."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from userdiff import images, progress
-from userdiff.config import JobConfig, format_ids
+from userdiff.config import JobConfig
 from userdiff.coordination import Coordinator
 from userdiff.facts import count
 from userdiff.gallery import PREVIEW_NAME
@@ -20,6 +19,7 @@ from userdiff.halting import Halted
 from userdiff.images import file_name
 from userdiff.loading import JobModel
 from userdiff.manifest import MANIFEST_NAME, Finished
+from userdiff.parsing import format_ids
 from userdiff.planning import Plan
 from userdiff.table import Item, Table
 
@@ -28,15 +28,13 @@ _REFRESH_SECONDS = 0.2  # a DDIM step of a small model takes less, and need not 
 
 
 def _say(line: str) -> None:
-    try:
+    with progress.unheard(sys.stdout):
         tqdm.write(line, file=sys.stdout)  # unlike print, it does not tear the progress bar
-        sys.stdout.flush()
-    except BrokenPipeError:  # nobody listens any longer; the images are what matters
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _warn(line: str) -> None:
-    tqdm.write(f"Warning: {line}", file=sys.stderr)
+    with progress.unheard(sys.stderr):
+        tqdm.write(f"Warning: {line}", file=sys.stderr)
 
 
 def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int, found: Finished) -> None:
@@ -147,7 +145,7 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
     """
     done = plan.num_items - plan.num_waiting
     with progress.make_bar(plan.num_items, done) as bar:
-        shown, is_judged = time.monotonic(), False
+        shown, is_judged = time.monotonic(), not plan.num_waiting
 
         def refresh() -> None:
             nonlocal shown, is_judged

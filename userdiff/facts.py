@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from itertools import groupby
 from typing import Any
 
-from userdiff.config import format_ids
+from userdiff.parsing import format_ids
 from userdiff.record import RunRecord, differences
 from userdiff.table import Item, Table
 

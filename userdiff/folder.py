@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from userdiff import console, images, launcher, manifest, record, sharing
-from userdiff.config import JobConfig, UsageError, errors_of, format_ids
+from userdiff.config import JobConfig, UsageError, errors_of
 from userdiff.coordination import Coordinator
 from userdiff.gallery import PREVIEW_NAME
 from userdiff.halting import Failed, Halted, Interrupt, Stopped
+from userdiff.parsing import format_ids
 from userdiff.planning import Plan
 from userdiff.record import RunRecord
 from userdiff.table import Item

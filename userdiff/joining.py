@@ -13,9 +13,9 @@ from typing import Any
 
 from userdiff import agreement, gallery, images, manifest, record
 from userdiff.agreement import Copies, Plan
-from userdiff.config import format_ids, id_range
 from userdiff.halting import Failed, Halted, Interrupt, Stopped
 from userdiff.manifest import Track
+from userdiff.parsing import format_ids, id_range
 from userdiff.record import RECORD_NAME, RunRecord
 from userdiff.table import Item, Row, Table
 

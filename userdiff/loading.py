@@ -16,7 +16,8 @@ from userdiff.conditioning import (
     random_condition_encoder,
     user_index_map,
 )
-from userdiff.config import JobConfig, UsageError, errors_of, format_ids
+from userdiff.config import JobConfig, UsageError, errors_of
+from userdiff.parsing import format_ids
 from userdiff.record import identity_hash, make_identity
 from userdiff.sampling import latents_shape
 

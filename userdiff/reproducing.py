@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from userdiff import computing
-from userdiff.config import DEFAULT_BATCH_SIZE, MAX_IMAGES_PER_USER, JobConfig, format_ids
+from userdiff.config import DEFAULT_BATCH_SIZE, MAX_IMAGES_PER_USER, JobConfig
 from userdiff.images import encode_png
 from userdiff.loading import JobModel
 from userdiff.manifest import Recipe
+from userdiff.parsing import format_ids
 from userdiff.planning import seats
 from userdiff.record import RunRecord, tell_differences
 from userdiff.table import Item
