@@ -253,7 +253,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_images", type=int, nargs="+", default=[1_000_000])
     parser.add_argument("--without_files", action="store_true", help="make up what a walk of the folder finds")
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=[*PARTS], metavar="PART", help="by its name in the table")
+    parser.add_argument(
+        "--only", choices=PARTS, nargs="+", default=[*PARTS], metavar="PART", help="by its name in the table"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to make the datasets (default: a temporary folder)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)

@@ -254,6 +254,21 @@ def test_an_edited_manifest_and_a_row_less_are_told(out):
     ]
 
 
+def drop_row(out, name):
+    labels = out / "manifest.csv"
+    labels.write_text("".join(row for row in labels.open() if name not in row))
+
+
+def test_a_copy_of_another_image_is_neither_unrecorded_nor_there(out):
+    name = "user_02/generated_001.png"
+    drop_row(out, name)
+    shutil.copy(out / "user_01" / "generated_001.png", out / name)
+    problems = verify(out)
+    assert Problem("changed", name, "it says to be another image") in problems
+    assert Problem("missing", "user_02", "1 of 3 images are not there") in problems
+    assert "unrecorded" not in {problem.kind for problem in problems}
+
+
 def test_a_lost_manifest_is_no_loss_of_images(out, capsys):
     (out / "manifest.csv").unlink()
     (out / "user_02" / "generated_001.png").unlink()

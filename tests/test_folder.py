@@ -1,6 +1,8 @@
 """What a job does with a folder that something is in already, and with a disk that refuses."""
 
 import errno
+import fcntl
+import io
 import json
 import os
 import re
@@ -42,6 +44,11 @@ def job(flags, tmp_path):
 def out(reference, tmp_path):
     """A finished dataset."""
     return shutil.copytree(reference, tmp_path / "out")
+
+
+AUDITED = []
+"""What is asked at every audit event of this process: a hook can never be taken back."""
+sys.addaudithook(lambda event, args: [ask(event, args) for ask in AUDITED])
 
 
 def picture(path):
@@ -152,6 +159,38 @@ def test_somebodys_table_is_not_replaced(job, tmp_path, capsys):
     assert (tmp_path / "out" / "manifest.csv").read_text() == "name,age\nAda,36\n"
 
 
+JPEG = io.BytesIO()
+Image.new("RGB", (16, 16), "navy").save(JPEG, "JPEG")
+
+
+@pytest.mark.parametrize("content", [b"My notes\n", JPEG.getvalue()], ids=["text", "JPEG"])
+def test_a_file_of_ones_own_under_an_images_name_is_kept_whatever_it_is(job, out, capsys, content):
+    path = out / "user_02" / "generated_003.png"
+    path.write_bytes(content)
+    assert run_job(*job, "--num_images_per_user", 4) == 2
+    assert f"--output_dir: {path} was not made by this job or one before it" in capsys.readouterr().err
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda png: b"", id="empty"),
+        pytest.param(lambda png: png[:5], id="cut in its signature"),
+        pytest.param(lambda png: png[:-9], id="cut at its end"),
+        pytest.param(lambda png: bytes(len(png)), id="zeros, as after a power cut"),
+        pytest.param(lambda png: b"????" + png[4:], id="mangled in front"),
+    ],
+)
+def test_a_damaged_image_without_a_row_is_made_again(job, out, reference, damage):
+    path = out / "user_02" / "generated_002.png"
+    path.write_bytes(damage(path.read_bytes()))
+    labels = out / "manifest.csv"
+    labels.write_text("".join(row for row in labels.open() if "user_02/generated_002" not in row))
+    assert run_job(*job) == 0
+    assert tree(out) == tree(reference)
+
+
 def test_a_user_folder_that_is_a_file_is_one_line(job, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "user_02").write_text("")
@@ -171,6 +210,40 @@ def test_what_is_lost_beyond_the_request_is_said(job, out, capsys):
         "user_05/generated_000.png\n"
     ) in said
     assert "Note: 1 image is missing or damaged and made again: user_01/generated_001.png\n" in said
+
+
+@pytest.mark.parametrize("name", [".userdiff.lock", ".userdiff.writers", "user_03"])
+def test_a_disk_that_is_full_from_the_start_is_no_wrong_argument(job, tmp_path, capsys, monkeypatch, name):
+    def refuse(event, args):
+        if event in {"open", "os.mkdir"} and os.path.basename(str(args[0])) == name:  # noqa: PTH119
+            monkeypatch.undo()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
+
+    AUDITED.append(refuse)
+    try:
+        assert run_job(*job) == 1
+    finally:
+        AUDITED.clear()
+    said = f"error: --output_dir: No space left on device ({tmp_path / 'out' / name}), make room; "
+    assert said in capsys.readouterr().err
+    assert run_job(*job) == 0
+
+
+def test_locks_are_taken_as_nfs_wants_them(job, reference, tmp_path, monkeypatch):
+    """NFSv4 gives a shared lock only to who can read the file, an exclusive one only to who can write it."""
+    flock = fcntl.flock
+
+    def flock_of_nfs(file, operation):
+        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        refused = {os.O_WRONLY: fcntl.LOCK_SH, os.O_RDONLY: fcntl.LOCK_EX}.get(mode, 0)
+        if operation & refused:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_of_nfs)
+    assert play_processes(2, *job) == [0, 0]
+    assert record.lock_holder(tmp_path / "out") is None
+    assert tree(tmp_path / "out") == tree(reference)
 
 
 def test_a_worker_that_outlived_its_job_keeps_the_next_one_out(job, out, reference, capsys, monkeypatch):
@@ -215,11 +288,11 @@ def test_a_signal_ends_the_wait_before_a_job(job, out, reference, capsys, monkey
     assert tree(out) == tree(reference)
 
 
-def test_nobody_listening_does_not_end_a_job(job, out):
+@pytest.mark.parametrize("pipe", ["|", "|&"])
+def test_nobody_listening_does_not_end_a_job(job, out, pipe):
     command = " ".join(map(str, [sys.executable, "batch_generate.py", *job, "--num_images_per_user", 4]))
-    status, stdout, stderr = finish(
-        start(["bash", "-c", f"set -o pipefail; {command} | head -n 1"], OMP_NUM_THREADS="1")
-    )
+    command = f"set -o pipefail; {command} {pipe} head -n 1"
+    status, stdout, stderr = finish(start(["bash", "-c", command], OMP_NUM_THREADS="1"))
     assert stdout.count("\n") == 1
     assert status == 0, stderr
     assert len(list(out.glob("user_*/*.png"))) == 20
@@ -326,11 +399,14 @@ def test_images_of_one_colour_are_counted_and_named(job, tmp_path, capsys, monke
     assert warning in capsys.readouterr().out
 
 
-def test_a_small_image_that_cannot_be_read_is_made_again_by_the_run_after(job, out, reference, capsys, monkeypatch):
+@pytest.mark.parametrize("at", [slice(None), slice(11, 12), slice(24, 25)], ids=["all", "a length", "the bit depth"])
+def test_a_small_image_that_cannot_be_read_is_made_again_by_the_run_after(job, out, reference, capsys, monkeypatch, at):
     """Of the right size, so that only the look for images of one colour opens it."""
     monkeypatch.setattr("userdiff.audit.FLAT_TOLERANCE", 100)
     path = out / "user_01" / "generated_001.png"
-    path.write_bytes(bytes(path.stat().st_size))
+    content = bytearray(path.read_bytes())
+    content[at] = bytes(len(content[at]))
+    path.write_bytes(content)
     assert run_job(*job) == 1
     assert "Failed: 1 image is gone or changed since written" in capsys.readouterr().out
     assert run_job(*job) == 0

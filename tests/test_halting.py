@@ -1,3 +1,4 @@
+import itertools
 import os
 import signal
 import subprocess
@@ -55,6 +56,38 @@ def test_work_that_can_be_thrown_away_is_left_at_once_and_the_rest_is_not():
         with pytest.raises(Stopped), interrupt.abandonable():
             steps.append("computing again")
     assert steps == ["computing", "written"]
+
+
+def test_a_signal_at_any_instant_of_entering_or_leaving_such_work_is_the_reason_or_nothing():
+    """Every bytecode around a block takes its turn; whatever happens, nothing but the reason comes out."""
+    outcomes = []
+    for instant in itertools.count():
+        interrupt = Interrupt()
+        left = iter(range(instant, -1, -1))
+
+        def trace(frame, event, _, left=left, interrupt=interrupt):
+            if frame.f_globals["__name__"] not in {"userdiff.halting", "contextlib"}:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode" and next(left, None) == 0:
+                interrupt._on_signal(signal.SIGTERM, frame)
+            return trace
+
+        def work(interrupt=interrupt):
+            with interrupt.abandonable():
+                pass
+
+        sys.settrace(trace)
+        try:
+            work()
+            outcomes.append("done")
+        except Stopped:
+            outcomes.append("stopped")
+        finally:
+            sys.settrace(None)
+        if next(left, None) is not None:
+            break  # there were fewer instants than that
+    assert {"done", "stopped"} == set(outcomes)
 
 
 def test_a_reason_from_another_thread_reaches_the_main_one_in_the_midst_of_its_work():

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -80,6 +81,18 @@ def test_the_same_command_again_makes_nothing(flags, tmp_path, capsys):
     assert play_processes(3, *job) == [0, 0, 0]  # an empty plan
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("user_*/*")} == before
     assert "10 already there, 0 to make" in capsys.readouterr().out
+
+
+def test_a_process_that_comes_late_to_a_finished_dataset_is_waited_for(flags, reference, tmp_path, monkeypatch):
+    def run_late(config, model, coordinator):
+        time.sleep(coordinator.process_index)
+        return run_process(config, model, coordinator)
+
+    job = [*flags, "--num_images_per_user", 11, "--batch_size", 4, "--output_dir", tmp_path]
+    assert run_job(*job) == 0
+    monkeypatch.setattr(jobs, "run_process", run_late)
+    assert play_processes(2, *job) == [0, 0]
+    assert tree(tmp_path) == reference
 
 
 def test_the_order_of_user_ids_does_not_matter(flags, reference, tmp_path):

@@ -54,6 +54,14 @@ def test_of_a_mangled_manifest_only_whole_lines_are_read(scratch, damage):
         assert row.conditioning in {"trained", "random"}
 
 
+def test_a_file_of_nothing_but_rows_with_numbers_too_large_gives_none(scratch):
+    scratch.write_text(HEADER + "\n" + 3 * with_field("seed", 2**32))
+    assert list(read_rows(scratch)) == []
+    table = Table()
+    table.read(scratch)
+    assert len(table) == 0
+
+
 def with_field(name, value):
     return ",".join(str(value) if column == name else str(getattr(ROWS[1], column)) for column in COLUMNS) + "\n"
 

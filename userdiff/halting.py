@@ -51,7 +51,8 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.reason: Halted | None = None
-        self._may_raise = False
+        self.may_raise = False
+        """Whether a signal may tear what the main thread is at."""
         self._listening = False
         self._lock = threading.Lock()  # no signal is sent once the handlers are gone
 
@@ -80,27 +81,37 @@ class Interrupt:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    @contextmanager
-    def abandonable(self) -> Iterator[None]:
+    def abandonable(self) -> "_Abandonable":
         """Raise the reason at any instant within this block, for work that can be thrown away.
 
         A single pass of a large model takes longer than a job may take to stop.
         """
-        self._may_raise = True
-        try:
-            self.check()
-            yield
-        except Exception:
-            self.check()  # whatever a library made of it
-            raise
-        finally:
-            self._may_raise = False
+        return _Abandonable(self)
 
     def _on_signal(self, signal_number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or Stopped(signal_number)
-        if self._may_raise:
-            self._may_raise = False  # once: what follows is an orderly end
+        is_at_the_edge = frame is not None and frame.f_globals is globals()  # where nothing would take it
+        if self.may_raise and not is_at_the_edge:
+            self.may_raise = False  # once: what follows is an orderly end
             raise _Abandoned
+
+
+class _Abandonable:
+    """The block of `Interrupt.abandonable`. No generator: a signal between its frame and ours would pass by both."""
+
+    def __init__(self, interrupt: Interrupt) -> None:
+        self._interrupt = interrupt
+
+    def __enter__(self) -> None:
+        self._interrupt.may_raise = True
+        if self._interrupt.reason is not None:
+            self._interrupt.may_raise = False
+            raise self._interrupt.reason
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._interrupt.may_raise = False
+        if isinstance(error, Exception):
+            self._interrupt.check()  # whatever a library made of it
 
 
 @contextmanager

@@ -28,6 +28,7 @@ _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 RUN_CHUNK = "userdiff_run"
+_RUN_MARK = b"tEXt" + RUN_CHUNK.encode()
 COMPRESS_LEVEL = 6
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DRAIN_SECONDS = 5.0
@@ -145,6 +146,11 @@ def decode_png(data: bytes) -> tuple[tuple[int, int], dict[str, str]]:
     return size, text
 
 
+def is_what_is_left(data: bytes) -> bool:
+    """Whether a file that is no intact PNG may be what is left of a job's: cut, mangled, or zeros after a power cut."""
+    return data.startswith(_PNG_START) or _PNG_START.startswith(data) or not data.strip(b"\0") or _RUN_MARK in data
+
+
 def png_size(data: bytes) -> tuple[int, int]:
     """Read (width, height) off a PNG's first chunk; raises OSError where it has none."""
     if data[:8] != _PNG_START or data[12:16] != b"IHDR":
@@ -163,8 +169,11 @@ def read_text_chunks(path: Path) -> dict[str, str] | None:
 
 def is_flat(path: Path) -> bool:
     """Whether an image has one single colour; raises OSError where it is not intact."""
-    with Image.open(path, formats=["PNG"]) as image:
-        return all(low == high for low, high in np.atleast_2d(image.getextrema()))
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return all(low == high for low, high in np.atleast_2d(image.getextrema()))
+    except Exception as error:  # Pillow has many words for a broken PNG
+        raise OSError("not an intact PNG") from error
 
 
 def publish(path: Path, data: bytes | Iterable[bytes], *, sync: bool = False) -> None:

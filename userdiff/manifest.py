@@ -103,7 +103,7 @@ def part_paths(output_dir: Path) -> list[Path]:
 
 def num_part_rows(output_dir: Path) -> int:
     """Count the images that an unfinished run has noted so far."""
-    return sum(max(path.read_bytes().count(b"\n") - 1, 0) for path in part_paths(output_dir))
+    return sum(max(sum(piece.count(b"\n") for piece in _pieces(path)) - 1, 0) for path in part_paths(output_dir))
 
 
 class PartWriter:
@@ -164,7 +164,7 @@ class Finished(NamedTuple):
     lost: list[Item]
     """Images that were recorded, and are missing, damaged or changed."""
     strangers: list[Item]
-    """Intact images under the name of one, that nobody recorded and that are not this run's."""
+    """Files under the name of one, that nobody recorded, are not this run's and not a damaged one of a job."""
 
 
 def find_finished(
@@ -249,16 +249,19 @@ def _prove_all(
 
 
 def _prove(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) -> tuple[Row | None, bool]:
-    """Read a file and give its row, if it is what a row claims or what the recipe makes; and else whether it is intact."""
+    """Read a file and give its row, if it is what a row claims or what the recipe makes; else whether it may be a user's."""
     path = output_dir / images.file_name(*item)
     try:
         data = path.read_bytes()
+    except OSError:
+        return None, False  # it is made again
+    try:
         for claim in claims:
             if claim == recipe.row(*item, size=images.png_size(data), png=data):
                 return claim, False
         size, text = images.decode_png(data)
     except OSError:
-        return None, False  # unreadable, truncated or not a PNG: it is made again
+        return None, not images.is_what_is_left(data)
     if text == recipe.text_chunks(*item):
         return recipe.row(*item, size=size, png=data), False
     return None, text.get(images.RUN_CHUNK) != recipe.run
@@ -297,7 +300,12 @@ def file_sha256(path: Path) -> str | None:
     if not path.is_file():
         return None
     digest = hashlib.sha256()
+    for piece in _pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+            yield piece

@@ -1,7 +1,9 @@
 """Progress on stderr: on a terminal a bar that moves, in a log file a line every so often."""
 
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
@@ -10,6 +12,16 @@ _TERMINAL_SECONDS = 0.2
 _LOG_SECONDS = 30.0
 
 T = TypeVar("T")
+
+
+@contextmanager
+def unheard(stream: TextIO) -> Iterator[None]:
+    """Send where nobody listens what can no longer be said to anyone: the images are what matters."""
+    try:
+        yield
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def make_bar(total: int, done: int = 0, **options: Any) -> tqdm:
@@ -49,8 +61,8 @@ class _Lines:
     def write(self, text: str) -> None:
         """Write a line, if there is any text."""
         if line := text.strip():
-            self._stream.write(f"{line}\n")
+            with unheard(self._stream):
+                self._stream.write(f"{line}\n")
 
     def flush(self) -> None:
-        """Let it be read by whoever follows the log."""
-        self._stream.flush()
+        """Do nothing: a line is flushed as it is written, for whoever follows the log."""

@@ -188,7 +188,7 @@ def lock_holder(output_dir: Path) -> str | None:
 @contextmanager
 def writing(output_dir: Path) -> Iterator[None]:
     """Be known, to `wait_for_writers` on any machine, as a process that may write images."""
-    with open(output_dir / WRITERS_NAME, "a") as file:
+    with open(output_dir / WRITERS_NAME, "a+") as file:  # NFSv4 gives a shared lock only to who can read
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 

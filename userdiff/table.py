@@ -147,7 +147,8 @@ class Table:
     def of_image(self, user_id: int, image_index: int) -> list[Row]:
         """Give the rows of an image."""
         block = self.block(user_id)
-        first, last = np.searchsorted(block["image_index"], [image_index, image_index + 1])
+        key = np.array([image_index], block["image_index"].dtype)  # else the whole column would be cast
+        first, last = (np.searchsorted(block["image_index"], key, side)[0] for side in ("left", "right"))
         return [_row(user_id, record) for record in block[first:last].tolist()]
 
     def keep(self, user_id: int, mask: NDArray[np.bool_]) -> None:
@@ -186,9 +187,12 @@ class Table:
             yield from ((user_id, image_index) for image_index in block["image_index"][is_small].tolist())
 
     def remove(self, items: Iterable[Item]) -> None:
-        """Remove the rows of a few images."""
+        """Remove the rows of some images."""
+        of_users: dict[int, list[int]] = {}
         for user_id, image_index in items:
-            self.keep(user_id, self.block(user_id)["image_index"] != image_index)
+            of_users.setdefault(user_id, []).append(image_index)
+        for user_id, image_indices in of_users.items():
+            self.keep(user_id, ~np.isin(self.block(user_id)["image_index"], image_indices))
 
     def of_user(self, user_id: int, limit: int | None = None) -> list[Row]:
         """Give a user's rows, or the first so many."""
@@ -257,7 +261,7 @@ def _read_records(path: Path, standing: int) -> Iterator[tuple[NDArray[np.int64]
                 matches = _LINE.findall(lines)
                 parsed = _parsed(matches, standing) if matches else None
                 del matches
-            if parsed:
+            if parsed and len(parsed[0]):  # of rows that match, all may hold too large a number
                 yield parsed
 
 
