@@ -1,6 +1,8 @@
 """`userdiff status`, `verify`, `merge`: what a folder holds against what its records say."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from PIL import Image
 
 from tests.checkpoints import model_flags
 from tests.jobs import ROOT, run_job, tree
+from userdiff import images
 from userdiff.audit import Problem, flat_images, merge, read_status, verify
 from userdiff.cli import main
 from userdiff.images import encode_png
@@ -74,7 +77,14 @@ def test_a_run_that_is_going_on_is_told_by_its_lock_and_counted_by_its_parts(out
     ("state", "cause", "said", "detail"),
     [
         ("running", None, "killed", ""),  # nobody holds the folder, whatever the record says
-        ("stopped by signal 15", None, "stopped by signal 15", ""),
+        ("stopped by signal 15", None, "stopped by SIGTERM", ""),
+        ("stopped by signal 999", None, "stopped by signal 999", ""),  # edited
+        (
+            "stopped by signal 15",
+            "no sign of life from process 1 on vm",
+            "stopped by SIGTERM",
+            "no sign of life from process 1 on vm",
+        ),
         ("failed", "--output_dir: No space left on device", "failed", "--output_dir: No space left on device"),
     ],
 )
@@ -147,9 +157,12 @@ def test_verify_finds_what_is_missing_changed_or_foreign(out, capsys):
     assert lines[0] == f"changed     user_01/generated_001.png: 5 bytes, its row says {size}"
     assert lines[6:] == [
         f"{out}: 6 problems (sizes compared, contents not read)",
-        "What is changed: the job's command makes up for another size; remove it where the size is right, and it is made again",
+        (
+            "What is changed: images: run the job's command, and remove those before that have the size of their row; "
+            "manifest.csv: the job's command writes it anew, and so does `userdiff merge`"
+        ),
         "What is foreign: move it away",
-        "What is missing: the job's command makes it, and the manifest `userdiff merge` too",
+        "What is missing: images and run.json: run the job's command; manifest.csv: that, or `userdiff merge`",
     ]
 
 
@@ -320,9 +333,48 @@ def test_a_job_image_that_cannot_be_read_and_has_no_row_is_not_called_foreign(ou
 
 def test_without_a_record_the_manifest_alone_is_compared(out):
     (out / "run.json").unlink()
-    assert verify(out, deep=True) == []
+    gone = Problem("missing", "run.json", "the record is gone, and with it what was asked for")
+    assert verify(out, deep=True) == [gone]
     (out / "user_01" / "generated_000.png").unlink()
-    assert verify(out) == [Problem("missing", "user_01/generated_000.png", "the file is gone")]
+    assert verify(out) == [gone, Problem("missing", "user_01/generated_000.png", "the file is gone")]
+
+
+@pytest.mark.parametrize("command", ["status", "merge"])
+def test_a_dataset_that_lost_its_record_is_told_what_makes_it_again(out, capsys, command):
+    (out / "run.json").unlink()
+    assert main([command, str(out)]) == 2
+    assert capsys.readouterr().err == (
+        f"userdiff {command}: error: {out} holds no dataset: no run.json; the job's command makes it again\n"
+    )
+
+
+def test_a_killed_job_of_a_full_disk_may_have_died_of_it(out, monkeypatch):
+    interrupt(out, state="running")
+    assert (read_status(out).state, read_status(out).detail) == ("killed", "")
+    monkeypatch.setattr(images, "space", lambda *_: images.Space(1, 1, 512, 9))
+    assert read_status(out).detail == "or out of room, 512 bytes are free"
+
+
+def test_a_file_where_a_users_folder_goes_is_foreign(out):
+    shutil.rmtree(out / "user_02")
+    (out / "user_02").write_text("")
+    assert Problem("foreign", "user_02", "a file where a user's folder goes") in verify(out)
+
+
+@pytest.mark.parametrize("flag", ["--columns", "--scale"])
+def test_a_picture_of_nothing_is_refused(out, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit, match="2"):
+        main(["preview", str(out), "--picture", str(tmp_path / "picture.png"), flag, "0"])
+    assert f"{flag}: 0 is out of range, needed: 1 or more" in capsys.readouterr().err
+
+
+def test_a_disk_that_refuses_is_said_in_words(out, capsys, monkeypatch):
+    def refuse(source, destination):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(source))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert main(["preview", str(out)]) == 2
+    assert capsys.readouterr().err == f"userdiff preview: error: Read-only file system ({out / 'preview.html'})\n"
 
 
 # Merging

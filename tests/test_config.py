@@ -163,7 +163,10 @@ def test_each_flag_takes_its_values(argv, name, value):
         ("--user_ids -5", "--user_ids: '-5' is not an id (5) or a range of ids (10-15), ids start at 1"),
         ("--user_ids 5-", "--user_ids: '5-' is not an id (5) or a range of ids (10-15), ids start at 1"),
         ("--user_ids 1-2-3", "--user_ids: '1-2-3' is not an id (5) or a range of ids (10-15), ids start at 1"),
-        ("--user_ids 1,5", "--user_ids: '1,5' is not an id (5) or a range of ids (10-15), ids start at 1"),
+        (
+            "--user_ids 1,5",
+            "--user_ids: '1,5' is not an id (5) or a range of ids (10-15), ids start at 1; with spaces: 1 5",
+        ),
         ("--user_ids 1.0", "--user_ids: '1.0' is not an id (5) or a range of ids (10-15), ids start at 1"),
         ("--user_ids all", "--user_ids: 'all' is not an id (5) or a range of ids (10-15), ids start at 1"),
         ("--user_ids ²", "--user_ids: '²' is not an id (5) or a range of ids (10-15), ids start at 1"),

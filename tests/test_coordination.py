@@ -1,12 +1,13 @@
 import os
 import signal
+import socket
 import threading
 import time
 
 import pytest
 from torch.distributed import DistError, HashStore
 
-from userdiff import coordination
+from userdiff import contact
 from userdiff.coordination import Coordinator
 from userdiff.halting import Failed, Halted, Interrupt, Stopped
 
@@ -29,7 +30,7 @@ def processes():
 
 @pytest.fixture
 def quick_pulse(monkeypatch):
-    monkeypatch.setattr(coordination, "PULSE_SECONDS", 0.05)
+    monkeypatch.setattr(contact, "PULSE_SECONDS", 0.05)
 
 
 def heard(coordinator, seconds=10):
@@ -141,24 +142,24 @@ def test_waiting_ends_when_all_have_finished(processes):
 def test_the_main_process_waits_for_the_others_to_leave_but_not_for_ever(processes):
     main, other = processes(2)
     begun = time.monotonic()
-    main.wait_until_left(0.3)
+    assert main.wait_until_left(0.3) == []
     assert time.monotonic() - begun >= 0.3
     other.__exit__(None, None, None)
-    main.wait_until_left(600)
+    assert main.wait_until_left(600) == []
 
 
 def test_the_main_process_does_not_wait_for_the_dead(processes, quick_pulse):
     main, dead = processes(2)
     time.sleep(0.2)
     dead._line.close()  # as SIGKILL would have it: without a word
-    main.wait_until_left(600)
+    assert main.wait_until_left(600) == [f"process 1 on {socket.gethostname()}"]
 
 
 # Signs of life
 
 
 def test_a_process_without_a_sign_of_life_is_named(processes, quick_pulse, monkeypatch):
-    monkeypatch.setattr(coordination, "LOST_AFTER_PULSES", 10)
+    monkeypatch.setattr(contact, "LOST_AFTER_PULSES", 10)
     main, worker, dead = processes(3)
     dead._line.close()  # as SIGKILL would have it: without a word
     for coordinator in (main, worker):
@@ -169,7 +170,7 @@ def test_a_process_without_a_sign_of_life_is_named(processes, quick_pulse, monke
 
 
 def test_workers_miss_a_main_process_that_died(processes, quick_pulse, monkeypatch):
-    monkeypatch.setattr(coordination, "LOST_AFTER_PULSES", 10)
+    monkeypatch.setattr(contact, "LOST_AFTER_PULSES", 10)
     main, worker = processes(2)
     main._line.close()
     with pytest.raises(Failed, match=r"process 0 on .* no sign of life"):
@@ -177,7 +178,7 @@ def test_workers_miss_a_main_process_that_died(processes, quick_pulse, monkeypat
 
 
 def test_a_process_that_has_left_in_order_is_not_missed(processes, quick_pulse, monkeypatch):
-    monkeypatch.setattr(coordination, "LOST_AFTER_PULSES", 5)
+    monkeypatch.setattr(contact, "LOST_AFTER_PULSES", 5)
     main, worker = processes(2)
     worker.finish()
     worker.__exit__(None, None, None)

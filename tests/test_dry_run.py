@@ -1,6 +1,8 @@
 """`--dry_run`: everything is checked and the plan is said, and nothing on disk changes."""
 
+import os
 import re
+import subprocess
 
 import pytest
 
@@ -71,6 +73,16 @@ def test_what_a_job_refuses_is_refused(job, tmp_path, capsys, extra, needle):
     assert run_job(*job, *extra, "--dry_run") == 2
     assert needle in capsys.readouterr().err
     assert disk(tmp_path) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_disk_that_takes_nothing_is_found_before_it_is_needed(job, tmp_path, capsys):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path], check=True)
+    try:
+        assert run_job(*job, "--dry_run") == 2
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert capsys.readouterr().err == f"batch_generate.py: error: --output_dir: {tmp_path} cannot be written to\n"
 
 
 @pytest.mark.parametrize("extra", [[], ["--overwrite"]])

@@ -18,8 +18,9 @@ from PIL import Image
 
 from tests.checkpoints import model_flags
 from tests.jobs import finish, play_processes, run_job, start, tree
-from userdiff import images, record
+from userdiff import computing, images, record
 from userdiff.folder import disk_failure
+from userdiff.halting import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,43 @@ def test_asking_for_fewer_says_what_lies_beyond_and_keeps_it(job, out, reference
 def test_nothing_lies_beyond_a_request_for_all(job, out, capsys):
     assert run_job(*job) == 0
     assert "Beyond" not in capsys.readouterr().out
+
+
+def test_files_of_ones_own_and_a_lost_or_edited_manifest_are_spoken_of(job, out, capsys):
+    picture(out / "user_03" / "photo.png")
+    picture(out / "user_03" / "generated_007.png")
+    (out / "manifest.csv").unlink()
+    assert run_job(*job) == 0
+    said = capsys.readouterr()
+    assert (
+        "Warning: no images of this job, but loaders may take them for some: user_03/photo.png, user_03/generated_007.png; "
+        f"`userdiff verify {out}` tells all\n"
+    ) in said.err
+    assert "Note: manifest.csv is gone; its rows are made again from the images\n" in said.out
+    with (out / "manifest.csv").open("a") as labels:
+        labels.write("mine\n")
+    assert run_job(*job) == 0
+    assert "Note: manifest.csv is not as it was published; its rows are made again from" in capsys.readouterr().out
+    (out / "user_03" / "photo.png").unlink()
+    (out / "user_03" / "generated_007.png").unlink()
+    assert run_job(*job) == 0
+    said = capsys.readouterr()
+    assert "Note: " not in said.out
+    assert said.err == ""
+
+
+def test_numerics_before_the_first_image_count_for_nothing(job, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(computing, "start", stop_at_once)
+    assert run_job(*job, "--allow_tf32") == 143
+    monkeypatch.undo()
+    assert run_job(*job) == 0
+    assert "when this folder was begun" not in capsys.readouterr().err
+    numerics = json.loads((tmp_path / "out" / "run.json").read_text())["numerics"]
+    assert numerics["allow_tf32"] is False
+
+
+def stop_at_once(*args):
+    raise Stopped(signal.SIGTERM)
 
 
 # Another identity, other people's files

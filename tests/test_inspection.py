@@ -454,7 +454,7 @@ def test_a_stopped_jobs_images_are_looked_at(tmp_path, capsys):
     write_dataset(tmp_path, {1: [face(1, 0), face(1, 1)]})
     (tmp_path / "manifest.csv").rename(tmp_path / "manifest.part-00000.csv")
     assert main(["inspect", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith(f"{tmp_path}: 2 images of 1 users\n")
+    assert capsys.readouterr().out.startswith(f"{tmp_path}: 2 images of 1 user\n")
 
 
 def test_a_dataset_of_which_nothing_can_be_read(tmp_path, capsys):

@@ -466,7 +466,7 @@ def test_a_signal_is_one_line_and_the_same_command_goes_on(jobs, tmp_path, capsy
         "from there\n"
     )
     status = read_status(into)
-    assert (status.state, sum(status.done.values())) == (f"stopped by signal {number.value}", 5)
+    assert (status.state, sum(status.done.values())) == (f"stopped by {number.name}", 5)
     assert merge(*jobs, "--into", into) == 0
     assert_is(into, drawn(all_of([1, 2, 3])))
     assert read_status(into).state == "complete"

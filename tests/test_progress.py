@@ -55,9 +55,12 @@ def test_nothing_to_do_shows_nothing(monkeypatch, stream):
 
 
 def test_reading_gives_what_is_read(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", Terminal())
     assert list(progress.show_reading(iter("abc"), 3)) == ["a", "b", "c"]
     assert "Checking images" in sys.stderr.getvalue()
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # a log, for which it is over too soon
+    assert list(progress.show_reading(iter("abc"), 3)) == ["a", "b", "c"]
+    assert sys.stderr.getvalue() == ""
 
 
 def test_a_jobs_bar_counts_failures(checkpoint, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ from torch.distributed import HashStore
 
 from tests.checkpoints import model_flags
 from tests.jobs import run_job, tree
-from userdiff import audit, coordination, sharing
+from userdiff import audit, contact, sharing
 from userdiff.config import UsageError, parse_args
 from userdiff.coordination import Coordinator
 from userdiff.halting import Failed, Interrupt
@@ -23,7 +23,7 @@ LEFT_BY_A_KILL = ".userdiff.shared-0123456789abcdef"
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(coordination, "PULSE_SECONDS", 0.05)
+    monkeypatch.setattr(contact, "PULSE_SECONDS", 0.05)
     monkeypatch.setattr(sharing, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(sharing, "NUM_LOOKS", 200)
 

@@ -16,14 +16,14 @@ from diffusers import UNet2DConditionModel
 from tests.checkpoints import model_flags
 from tests.jobs import finish, launch, play_processes, run_job, start, tree
 from tests.processes import Job, our_tracebacks, send
-from userdiff import images
+from userdiff import audit, images
 from userdiff.halting import Failed, Stopped
 from userdiff.manifest import PartWriter
 
 IMPATIENT = """
 import sys
-from userdiff import coordination
-coordination.LOST_AFTER_PULSES = 5
+from userdiff import contact
+contact.LOST_AFTER_PULSES = 5
 from userdiff.cli import generate
 sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))
 """
@@ -123,15 +123,21 @@ def test_the_others_stop_when_one_process_fails_and_one_cause_is_told(flags, tmp
     assert entry["cause"].startswith(f"process 1 on {socket.gethostname()}: ")
 
 
-def test_a_killed_main_process_takes_nobody_long_and_is_spoken_for_once(flags, tmp_path):
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_takes_nobody_long_and_one_of_the_others_speaks_once(flags, tmp_path, killed):
     job = Job(launch(3, *flags, "--num_images_per_user", 2000, "--output_dir", tmp_path))
     wait_for_images(tmp_path)
     family = job.family()
-    main = next(pid for pid in family if b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes())
-    send([main], signal.SIGKILL)
+    mark = f"\0RANK={killed}\0".encode()
+    send([next(pid for pid in family if mark in Path(f"/proc/{pid}/environ").read_bytes())], signal.SIGKILL)
     assert job.wait(60, family)
     assert job.stderr.count("batch_generate.py: stopped by SIGTERM; ") == 1
     assert our_tracebacks(job.stderr) == []
+    if killed != 0:  # by the launcher, and the main process can tell why
+        cause = f"no sign of life from process {killed} on {socket.gethostname()}"
+        assert f"stopped by SIGTERM; {cause}; " in job.stderr
+        status = audit.read_status(tmp_path)
+        assert (status.state, status.detail) == ("stopped by SIGTERM", cause)
 
 
 # Machines and launchers

@@ -1,7 +1,10 @@
 """What a dataset's folder holds, against what its records say."""
 
+import re
+import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,12 @@ from userdiff.parsing import id_range
 from userdiff.record import RECORD_NAME, RunRecord, folder_lock, lock_holder
 from userdiff.table import COLUMNS, Item, Row, Table
 
+LITTLE_ROOM = 2**16  # bytes
 FLAT_TOLERANCE = 1.5  # times the size of a black image's file, whose text may be longer
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 
 _NONE = np.zeros(0, np.uint32)
+_STOPPED = re.compile(r"stopped by signal (\d+)")
 
 # Status --------------------------------------------------------------------------------------------------------------
 
@@ -28,9 +33,9 @@ class Status:
     """How far a dataset is."""
 
     state: str
-    """`running`, `complete`, `incomplete`, `killed`, `stopped by signal N` or `failed`; of the last run."""
+    """`running`, `complete`, `incomplete`, `killed`, `stopped by SIGTERM` (or another) or `failed`; of the last run."""
     detail: str
-    """Who is running it, or what it failed of; may be empty."""
+    """Who is running it, or what ended it; may be empty."""
     wanted: dict[int, int]
     """User id -> images that the last run was asked for."""
     done: dict[int, int]
@@ -54,6 +59,8 @@ def read_status(output_dir: Path) -> Status:
     failed = Counter(user_id for user_id, index in entry.get("failed", []) if not rows.of_image(user_id, index))
     is_complete = sum(done.values()) == sum(wanted.values())
     state, detail = _state(entry, lock_holder(output_dir), is_complete=is_complete)
+    if state == "killed" and (free := images.space(output_dir, 1, 1).free) < LITTLE_ROOM:
+        detail = f"or out of room, {free} bytes are free"  # a full disk cannot even note that it is full
     beyond = len(rows) - sum(done.values())
     return Status(
         state=state,
@@ -94,6 +101,9 @@ def _state(entry: dict[str, Any], holder: str | None, *, is_complete: bool) -> t
         return "killed", ""  # it could not say more, and holds no lock any longer
     if state == "ended":
         return ("complete" if is_complete else "incomplete"), ""
+    if match := _STOPPED.fullmatch(state):
+        with suppress(ValueError):  # of another system, or edited
+            state = f"stopped by {signal.Signals(int(match[1])).name}"
     return state, entry.get("cause") or ""
 
 
@@ -123,7 +133,7 @@ def verify(output_dir: Path, *, deep: bool = False, track: Track = manifest.untr
     folders = list(images.user_folders(output_dir))  # before the rows, which come after the files while a job runs
     rows = _rows(output_dir, recipe)
     strange, unrecorded = _without_rows(output_dir, folders, rows, recipe)
-    problems = [*_manifest_problems(output_dir, run_record), *_misleading(output_dir), *strange]
+    problems = [*_record_problems(output_dir, run_record), *_misleading(output_dir), *strange]
     if lock_holder(output_dir) is None:  # else their rows may be on the way
         problems += [
             Problem("unrecorded", f"user_{user_id:02d}", f"{count(len(indices), 'image')} without a row")
@@ -146,9 +156,10 @@ def verify(output_dir: Path, *, deep: bool = False, track: Track = manifest.untr
     return sorted(problems)
 
 
-def _manifest_problems(output_dir: Path, run_record: RunRecord | None) -> Iterator[Problem]:
-    path = output_dir / manifest.MANIFEST_NAME
-    sha256 = manifest.file_sha256(path)
+def _record_problems(output_dir: Path, run_record: RunRecord | None) -> Iterator[Problem]:
+    if run_record is None:
+        yield Problem("missing", RECORD_NAME, "the record is gone, and with it what was asked for")
+    sha256 = manifest.file_sha256(output_dir / manifest.MANIFEST_NAME)
     if sha256 is None:
         yield Problem("missing", manifest.MANIFEST_NAME, "the manifest is gone")
     elif run_record and run_record.manifest_sha256 not in (None, sha256):
@@ -203,6 +214,8 @@ def _misleading(output_dir: Path) -> Iterator[Problem]:
     for path in output_dir.iterdir():
         if path.is_dir() and not images.FOLDER_NAME.fullmatch(path.name):
             yield Problem("foreign", path.name, "loaders take every folder for a class")
+        elif not path.is_dir() and images.FOLDER_NAME.fullmatch(path.name):
+            yield Problem("foreign", path.name, "a file where a user's folder goes")
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             yield Problem("foreign", path.name, "an image beside the user folders hides all labels from loaders")
 
@@ -270,9 +283,12 @@ def flat_images(output_dir: Path, rows: Table) -> tuple[list[Item], set[Item]]:
 
 def _record(output_dir: Path) -> RunRecord:
     run_record = RunRecord.read(output_dir)
-    if run_record is None:
-        raise ValueError(f"{output_dir} holds no dataset: no {RECORD_NAME}")
-    return run_record
+    if run_record is not None:
+        return run_record
+    if not output_dir.is_dir():
+        raise ValueError(f"{output_dir} holds no dataset: there is no such folder")
+    remedy = "; the job's command makes it again" * (output_dir / manifest.MANIFEST_NAME).is_file()
+    raise ValueError(f"{output_dir} holds no dataset: no {RECORD_NAME}{remedy}")
 
 
 def _last_run(run_record: RunRecord) -> dict[str, Any]:

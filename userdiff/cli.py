@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from userdiff.config import UsageError, parse_args
-from userdiff.halting import Halted, Interrupt, Stopped
-from userdiff.parsing import path
+from userdiff.halting import Halted, Interrupt, Stopped, refusal
+from userdiff.parsing import natural_number, path
 
 _LISTED = 20  # problems of a kind; --deep on a broken disk may find thousands
 _REMEDIES = {  # of what `verify` finds
-    "missing": "the job's command makes it, and the manifest `userdiff merge` too",
-    "changed": "the job's command makes up for another size; remove it where the size is right, and it is made again",
+    "missing": "images and run.json: run the job's command; manifest.csv: that, or `userdiff merge`",
+    "changed": "images: run the job's command, and remove those before that have the size of their row; manifest.csv: the "
+    "job's command writes it anew, and so does `userdiff merge`",
     "unmerged": "`userdiff merge` records it, and so does the job's command",
     "unrecorded": "`userdiff merge` records it, and so does the job's command",
     "foreign": "move it away",
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # nobody listens any longer, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        return _say_error(f"userdiff {name}: error: {refusal(error)}", 2)
+    except ValueError as error:
         return _say_error(f"userdiff {name}: error: {error}", 2)
     return exit_status
 
@@ -68,9 +71,11 @@ def _make_parser() -> argparse.ArgumentParser:
         "--picture", type=Path, help="also write this picture (.png, .jpg, .webp): one row of images per user"
     )
     sub.add_argument(
-        "--columns", type=int, default=10, help="images of each user in the picture (default: %(default)s)"
+        "--columns", type=natural_number, default=10, help="images of each user in the picture (default: %(default)s)"
     )
-    sub.add_argument("--scale", type=int, default=2, help="enlargement in the picture (default: %(default)s)")
+    sub.add_argument(
+        "--scale", type=natural_number, default=2, help="enlargement in the picture (default: %(default)s)"
+    )
     sub = add(inspect, "is it the right user, and is it any good: copies, flat and odd images, who is most like whom")
     sub.add_argument("--real", type=Path, help="folder of real images to compare with: a folder per user, as user_07")
     sub.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -111,7 +116,8 @@ def _generate(argv: Sequence[str] | None, prog: str) -> int:
         line = f"{prog}: {end}" if isinstance(end, Stopped) else f"{prog}: error: {end}"
         if end.exit_status != UsageError.exit_status:  # the same command would do no better
             progress = end.progress or f"what is done is kept in {config.output_dir}"
-            again = "the same command" + (", without --overwrite," if config.overwrite else "")
+            has_begun = config.overwrite and end.progress  # what was there before is removed
+            again = "the same command" + (", without --overwrite," if has_begun else "")
             line += f"; {progress}, {again} goes on from there"
         return _say_error(line, end.exit_status, is_alone=end.is_alone)
 

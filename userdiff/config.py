@@ -127,7 +127,10 @@ class JobConfig:
         _WHAT, "images of each user, image_index 0 to N-1 (default: %(default)s)", 5, type=whole_number, metavar="N"
     )
     output_dir: Path = _flag(
-        _WHAT, "folder of the dataset, made if needed (default: ./%(default)s)", Path("generated_images"), type=path
+        _WHAT,
+        "folder of the dataset, one that can be written to; made if needed (default: ./%(default)s)",
+        Path("generated_images"),
+        type=path,
     )
 
     num_inference_steps: int = _flag(_HOW, "DDIM steps (default: %(default)s)", 20, type=whole_number, metavar="N")

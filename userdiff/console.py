@@ -79,6 +79,7 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
             f"Compiling ({model.compiled}): the first batch takes minutes longer, less once the compiler's cache is warm"
         )
     _say_what_lies_beyond(plan, found)
+    _warn_of_others(config.output_dir, found)
     _say_disk(config.output_dir, model, plan, found.rows)
 
 
@@ -110,6 +111,22 @@ def _say_what_lies_beyond(plan: Plan, found: Finished) -> None:
     _list("Warning", [item for item in found.lost if is_beyond(item)], "beyond this request and missing or damaged")
     again = [item for item in found.lost if not is_beyond(item)]
     _list("Note", again, "missing or damaged and made again")
+
+
+def _warn_of_others(output_dir: Path, found: Finished) -> None:
+    others = [*found.others, *(file_name(*item) for item in found.strangers)]
+    if others:
+        more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
+        _warn(
+            f"no {'image' if len(others) == 1 else 'images'} of this job, but loaders may take them for some: "
+            f"{', '.join(others[:_LISTED])}{more}; `userdiff verify {output_dir}` tells all"
+        )
+
+
+def note_manifest(output_dir: Path) -> None:
+    """Say that the manifest is not what the last run left."""
+    what = "not as it was published" if (output_dir / MANIFEST_NAME).exists() else "gone"
+    _say(f"Note: {MANIFEST_NAME} is {what}; its rows are made again from the images")
 
 
 def _say_disk(output_dir: Path, model: JobModel, plan: Plan, rows: Table) -> None:
@@ -217,7 +234,10 @@ def _list(title: str, items: Sequence[Item], what: str) -> None:
 
 def warn_of_numerics(name: str, before: object, after: object) -> None:
     """Warn that a folder goes on with other numerics than it began with."""
-    _warn(f"{name} was {before} when this folder was begun, is {after}; new images may differ in last bits")
+    threads = f"OMP_NUM_THREADS={before}, launched --num_cpu_threads_per_process {before},"
+    keeps = {"batch_size": f"--batch_size {before}", "threads_per_process": threads}.get(name)
+    remedy = f"; {keeps} keeps it" if keeps else ""
+    _warn(f"{name} was {before} when this folder was begun, is {after}; new images may differ in last bits{remedy}")
 
 
 def warn_of_mixture(name: str, process: str, here: object, there: object) -> None:

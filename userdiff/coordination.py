@@ -6,27 +6,20 @@ a sign of life from everyone, and the one reason to halt.
 
 import json
 import os
-import queue
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 from torch.distributed import DistError, Store
 
-from userdiff import launcher
+from userdiff import contact, launcher
 from userdiff.halting import Failed, Halted, Interrupt, Stopped
 
 POLL_SECONDS = 0.05
-PULSE_SECONDS = 1.0
-LOST_AFTER_PULSES = 60  # of our own: a process that was itself suspended has not waited
-GONE_AFTER_PULSES = 3  # of a process that has little else left to do but to leave
 
 T = TypeVar("T")
 
@@ -42,74 +35,6 @@ def connect(interrupt: Interrupt | None = None, patience: int | None = None) -> 
         interrupt=interrupt,
         patience=patience,
     )
-
-
-class _Watch:
-    """For how long other processes have given no sign of life, in times that they were looked for."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, tuple[int, int]] = {}  # process -> its count, how often in a row it was the same
-
-    def look_for(self, store: Store, other: int) -> None:
-        beat = int(store.add(f"beat/{other}", 0))
-        before, silent = self._seen.get(other, (beat, 0))
-        self._seen[other] = beat, silent + 1 if beat == before else 0
-
-    def has_died(self, other: int, looks: int) -> bool:
-        """Whether so many looks found nothing new; of a process that never gave a sign, LOST_AFTER_PULSES."""
-        beat, silent = self._seen.get(other, (0, 0))
-        return silent >= (looks if beat else LOST_AFTER_PULSES)
-
-
-class _Line:
-    """The one thread that talks to the store, so that nobody else waits for an answer without bound.
-
-    A TCPStore whose machine vanished never answers, nor even opens (tried), and whoever waits in it sees no signal.
-    """
-
-    def __init__(self, open_store: Callable[[], Store], pulse: Callable[[Store], None], patience: int) -> None:
-        self._open_store = open_store
-        self._pulse = pulse
-        self._patience = patience
-        self._broken: DistError | None = None
-        self._requests: queue.SimpleQueue[tuple[Future[Any], Callable[[Store], Any]] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="store", daemon=True).start()
-
-    def ask(self, operation: Callable[[Store], T]) -> T:
-        """Do something with the store; raises DistError where it is gone or does not answer."""
-        answer: Future[T] = Future()
-        self._requests.put((answer, operation))
-        for _ in range(self._patience):
-            if self._broken:  # once for all: nobody waits again for what has not answered
-                raise self._broken
-            with suppress(NotYet):
-                return answer.result(timeout=PULSE_SECONDS)
-        self._broken = DistError(f"no answer for {self._patience * PULSE_SECONDS:.0f} s")
-        raise self._broken
-
-    def close(self) -> None:
-        """Let the thread end; asking is an error from here on."""
-        self._broken = self._broken or DistError("closed")
-        self._requests.put(None)
-
-    def _serve(self) -> None:
-        store, next_pulse = None, 0.0
-        while True:
-            if store is not None and time.monotonic() >= next_pulse:
-                self._pulse(store)
-                next_pulse = time.monotonic() + PULSE_SECONDS
-            try:
-                request = self._requests.get(timeout=PULSE_SECONDS)
-            except queue.Empty:
-                continue
-            if request is None:
-                return
-            answer, operation = request
-            try:
-                store = store or self._open_store()
-                answer.set_result(operation(store))
-            except Exception as error:
-                answer.set_exception(error)
 
 
 class Coordinator:
@@ -133,9 +58,9 @@ class Coordinator:
         self.name = f"process {process_index} on {socket.gethostname()}"  # as messages say it
         self.interrupt = interrupt or Interrupt()
         self._parent = os.getppid()
-        self._watch = _Watch()
+        self._watch = contact.Watch()
         self._watched = range(1, num_processes) if process_index == 0 else range(1)
-        self._line = _Line(open_store, self._pulse, patience or LOST_AFTER_PULSES)
+        self._line = contact.Line(open_store, self._pulse, patience or contact.LOST_AFTER_PULSES)
         self._ask(lambda store: store.set(f"host/{process_index}", socket.gethostname()))
 
     @property
@@ -172,15 +97,18 @@ class Coordinator:
         }
         self._ask(lambda store: store.compare_set("halt", "", json.dumps(reason)))
 
-    def wait_until_left(self, seconds: float) -> None:
-        """Wait until the other processes have left or died, but not longer than this, if the store answers."""
+    def wait_until_left(self, seconds: float) -> list[str]:
+        """Wait until the other processes have left or died, but not longer than this; gives who has died."""
         others = {index for index in range(self.num_processes) if index != self.process_index}
+        died: list[str] = []
         deadline = time.monotonic() + seconds
-        with suppress(Halted):
-            while others and time.monotonic() < deadline:
-                gone = {other for other in others if self._watch.has_died(other, GONE_AFTER_PULSES)}
-                others -= gone | {other for other in others if self._ask(partial(_has_left, other))}
-                time.sleep(POLL_SECONDS)
+        while others and time.monotonic() < deadline:
+            others -= {other for other in others if self._ask(partial(_has_left, other))}
+            gone = [other for other in sorted(others) if self._watch.has_died(other, contact.GONE_AFTER_PULSES)]
+            died += [self._ask(partial(_name, other)) for other in gone]
+            others -= set(gone)
+            time.sleep(POLL_SECONDS)
+        return died
 
     # What all machines must see
 
@@ -272,7 +200,7 @@ class Coordinator:
 
         It is gone if it gives no sign of life while it has not spoken; before its first one it may be loading torch.
         """
-        while not self.is_main_process and not self._watch.has_died(0, GONE_AFTER_PULSES):
+        while not self.is_main_process and not self._watch.has_died(0, contact.GONE_AFTER_PULSES):
             if self._ask(lambda store: store.check(["said"])):
                 return
             time.sleep(POLL_SECONDS)
@@ -324,9 +252,9 @@ class Coordinator:
         if launcher.is_gone(self._parent):
             self.interrupt.set(Stopped(signal.SIGTERM, is_alone=True))
         for other in self._watched:
-            if self._watch.has_died(other, LOST_AFTER_PULSES) and not _has_left(other, store):
-                seconds = LOST_AFTER_PULSES * PULSE_SECONDS
-                cause = f"process {other} on {_host(store, other)} has given no sign of life for {seconds:.0f} s"
+            if self._watch.has_died(other, contact.LOST_AFTER_PULSES) and not _has_left(other, store):
+                seconds = contact.LOST_AFTER_PULSES * contact.PULSE_SECONDS
+                cause = f"{_name(other, store)} has given no sign of life for {seconds:.0f} s"
                 reason = {"signal_number": None, "cause": cause, "exit_status": 1}
                 store.compare_set("halt", "", json.dumps(reason))
         if store.check(["halt"]):
@@ -341,6 +269,10 @@ def _halted(reason: dict[str, Any]) -> Halted:
     if reason["signal_number"] is not None:
         return Stopped(reason["signal_number"])
     return Failed(reason["cause"], reason["exit_status"])
+
+
+def _name(process_index: int, store: Store) -> str:
+    return f"process {process_index} on {_host(store, process_index)}"
 
 
 def _host(store: Store, process_index: int) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from textwrap import wrap
 
 from userdiff import inspection
+from userdiff.facts import count
 from userdiff.inspection import Oddity, Pair, Report, UserFigures
 from userdiff.likeness import Likeness
 
@@ -37,7 +38,7 @@ _NOTES = {
 
 def report_lines(name: str, report: Report) -> Iterator[str]:
     """Give the lines to print of a dataset called `name`: a table, the worst cases, what the figures can tell."""
-    yield f"{name}: {report.num_images} images of {len(report.users)} users"
+    yield f"{name}: {count(report.num_images, 'image')} of {count(len(report.users), 'user')}"
     if report.damaged:
         yield f"{len(report.damaged)} more cannot be read: {_bounded(report.damaged)}"
     yield ""

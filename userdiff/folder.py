@@ -1,6 +1,7 @@
 """The output folder as a job finds and leaves it: locked, its record checked, started again, its history kept."""
 
 import errno
+import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -10,7 +11,7 @@ from userdiff import console, images, launcher, manifest, record, sharing
 from userdiff.config import JobConfig, UsageError, errors_of
 from userdiff.coordination import Coordinator
 from userdiff.gallery import PREVIEW_NAME
-from userdiff.halting import Failed, Halted, Interrupt, Stopped
+from userdiff.halting import Failed, Halted, Interrupt, Stopped, refusal
 from userdiff.parsing import format_ids
 from userdiff.planning import Plan
 from userdiff.record import RunRecord
@@ -50,6 +51,9 @@ def look_into(
     config: JobConfig, identity: dict[str, Any], user_ids: Collection[int], interrupt: Interrupt
 ) -> RunRecord | None:
     """Do of `open_folder` what changes nothing."""
+    nearest = next(path for path in (config.output_dir, *config.output_dir.absolute().parents) if path.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"--output_dir: {nearest} cannot be written to")
     if config.overwrite:
         console.say_removed(config, len(_own_images(config, user_ids, interrupt)))
         return None
@@ -160,11 +164,14 @@ def _explains_itself(path: Path) -> bool:
     return images.RUN_CHUNK in (images.read_text_chunks(path) or {}) or path.stat().st_size == 0
 
 
-def new_record(identity: dict[str, Any], numerics: dict[str, Any], old: RunRecord | None) -> RunRecord:
-    """Make a run's record. It keeps the numerics that the folder began with; those of every run are in its history."""
-    for name, before, after in record.differences(old.numerics if old else numerics, numerics):
+def new_record(
+    identity: dict[str, Any], numerics: dict[str, Any], old: RunRecord | None, *, has_images: bool
+) -> RunRecord:
+    """Make a run's record. It keeps the numerics of the first images; those of every run are in its history."""
+    first = old.numerics if old and has_images else numerics
+    for name, before, after in record.differences(first, numerics):
         console.warn_of_numerics(name, before, after)
-    return RunRecord(identity=identity, numerics=old.numerics if old else numerics, history=old.history if old else [])
+    return RunRecord(identity=identity, numerics=first, history=old.history if old else [])
 
 
 @contextmanager
@@ -182,14 +189,19 @@ def history_entry(
         images.publish(config.output_dir / record.RECORD_NAME, run_record.to_bytes(), sync=True)
 
     def note_early_end(error: BaseException) -> None:
+        silent: list[str] = []
         with suppress(Halted):  # the store may be gone
             coordinator.halt(error)
-            coordinator.wait_until_left(LEAVE_SECONDS)
+            silent = coordinator.wait_until_left(LEAVE_SECONDS)
         entry["published"] = entry["published"] or manifest.num_part_rows(config.output_dir)
         if isinstance(error, Halted):
             done = plan.num_items - plan.num_waiting + entry["published"]
             error.progress = f"{done} of {plan.num_items} images are in {config.output_dir}"
-        entry["cause"] = None if isinstance(error, Stopped) else str(error) or type(error).__name__
+        cause = str(error) or type(error).__name__
+        if isinstance(error, Stopped):  # by a launcher, maybe, of which a process died
+            cause = f"no sign of life from {', '.join(silent)}" if silent else ""
+            error.progress = f"{cause}; {error.progress}" if silent else error.progress
+        entry["cause"] = cause or None
         with suppress(OSError):  # the disk may be what it ends of; `running` without a holder says enough
             publish(f"stopped by signal {error.signal_number}" if isinstance(error, Stopped) else "failed")
 
@@ -230,6 +242,7 @@ def disk_failure(error: OSError) -> Failed:
         errno.EROFS: "have it mounted for writing",
         errno.EACCES: "have it made writable",
         errno.EPERM: "have it made writable",
+        errno.EISDIR: "move it away",
+        errno.ENOTDIR: "move it away",
     }.get(error.errno or 0, "see to the disk")
-    where = f" ({error.filename})" if error.filename else ""
-    return Failed(f"--output_dir: {error.strerror or error}{where}, {remedy}")
+    return Failed(f"--output_dir: {refusal(error)}, {remedy}")

@@ -42,6 +42,11 @@ class Failed(Halted):
         self.is_alone = is_alone
 
 
+def refusal(error: OSError) -> str:
+    """Say what a file system refused, and where."""
+    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+
+
 class _Abandoned(Exception):
     """Thrown into work that is given up, in the reason's place: compilers write into the errors that pass through them."""
 

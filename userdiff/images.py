@@ -9,7 +9,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from types import TracebackType
@@ -191,9 +191,11 @@ def publish(path: Path, data: bytes | Iterable[bytes], *, sync: bool = False) ->
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with errors_naming(path):
+            os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be made, there is nothing to remove
+            temporary.unlink()
         raise
 
 
@@ -203,6 +205,8 @@ def errors_naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not the operating system's
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

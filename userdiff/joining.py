@@ -13,7 +13,7 @@ from typing import Any
 
 from userdiff import agreement, gallery, images, manifest, record
 from userdiff.agreement import Copies, Plan
-from userdiff.halting import Failed, Halted, Interrupt, Stopped
+from userdiff.halting import Failed, Halted, Interrupt, Stopped, refusal
 from userdiff.manifest import Track
 from userdiff.parsing import format_ids, id_range
 from userdiff.record import RECORD_NAME, RunRecord
@@ -135,7 +135,7 @@ def _last_entry(plan: Plan, run_record: RunRecord) -> Iterator[None]:
         yield
         publish("ended")
     except BaseException as error:
-        end = Failed(_refusal(error)) if isinstance(error, OSError) else error
+        end = Failed(refusal(error)) if isinstance(error, OSError) else error
         if isinstance(end, Halted):
             num_own = len(plan.own_rows)
             end.progress = f"{num_own + entry['published']} of {num_own + plan.num_waiting} images are in {plan.into}"
@@ -143,11 +143,6 @@ def _last_entry(plan: Plan, run_record: RunRecord) -> Iterator[None]:
         with suppress(OSError):  # the disk may be what it ends of; `running` without a holder says enough
             publish(f"stopped by signal {end.signal_number}" if isinstance(end, Stopped) else "failed")
         raise end from error.__cause__ if end is error else error
-
-
-def _refusal(error: OSError) -> str:
-    """Say what a file system refused, and where."""
-    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
 
 
 def _put_all(plan: Plan, run_record: RunRecord, interrupt: Interrupt, track: Track) -> Counter[str]:

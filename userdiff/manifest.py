@@ -129,7 +129,7 @@ class PartWriter:
             self._file.close()
 
 
-def recorded_rows(output_dir: Path, manifest_sha256: str | None = None, *, believe_parts: bool = False) -> Table:
+def recorded_rows(output_dir: Path, *, believe_manifest: bool = False, believe_parts: bool = False) -> Table:
     """Read what is recorded of the images.
 
     A manifest that has the hash it was published with is believed; one that has not was damaged or edited. So are
@@ -137,8 +137,7 @@ def recorded_rows(output_dir: Path, manifest_sha256: str | None = None, *, belie
     """
     rows = Table()
     path = output_dir / MANIFEST_NAME
-    is_believed = manifest_sha256 is not None and file_sha256(path) == manifest_sha256
-    for source, is_sure in [(path, is_believed), *((part, believe_parts) for part in part_paths(output_dir))]:
+    for source, is_sure in [(path, believe_manifest), *((part, believe_parts) for part in part_paths(output_dir))]:
         rows.read(source, BELIEVED if is_sure else CLAIMED)
     return rows
 
@@ -163,6 +162,10 @@ class Finished(NamedTuple):
     """One for every finished image."""
     lost: list[Item]
     """Images that were recorded, and are missing, damaged or changed."""
+    others: list[str]
+    """Paths, relative to the folder, of what else lies beside the images."""
+    has_manifest: bool
+    """Whether the manifest is as it was published."""
     strangers: list[Item]
     """Files under the name of one, that nobody recorded, are not this run's and not a damaged one of a job."""
 
@@ -181,9 +184,12 @@ def find_finished(
     size. Any other file is read: it is finished if it has the size and hash that a row claims, or if it decodes whole
     and its text chunks are those the recipe gives it. `track` is shown the files that are read.
     """
-    rows = recorded_rows(output_dir, manifest_sha256, believe_parts=believe_parts)
+    has_manifest = manifest_sha256 is not None and file_sha256(output_dir / MANIFEST_NAME) == manifest_sha256
+    rows = recorded_rows(output_dir, believe_manifest=has_manifest, believe_parts=believe_parts)
     unproven: Images = {}
+    others: list[str] = []
     for folder in images.user_folders(output_dir):
+        others += [f"{folder.name}/{name}" for name in folder.others]
         block = rows.block(folder.user_id)
         is_finished = is_recorded(folder, block) & recipe.agrees(folder.user_id, block)
         is_finished &= block["standing"] == BELIEVED
@@ -197,7 +203,7 @@ def find_finished(
         strangers += [item for item, _, is_strange in some if is_strange and not rows.of_image(*item)]
     rows.join(proven)
     lost = _keep_finished(rows, recipe)
-    return Finished(rows, sorted(lost), sorted(strangers))
+    return Finished(rows, sorted(lost), others, has_manifest, sorted(strangers))
 
 
 def is_recorded(folder: images.UserFolder, block: NDArray[np.void]) -> NDArray[np.bool_]:

@@ -23,6 +23,14 @@ def whole_number(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
+def natural_number(text: str) -> int:
+    """Parse an int from 1 for argparse."""
+    value = whole_number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range, needed: 1 or more")
+    return value
+
+
 def number(text: str) -> float:
     """Parse a float for argparse."""
     try:
@@ -35,7 +43,8 @@ def id_range(text: str) -> range:
     """Parse one id or one range of ids: `5`, `10-15`."""
     first, dash, last = text.partition("-")
     if not first.isdecimal() or (dash and not last.isdecimal()) or max(len(first), len(last)) > _MAX_DIGITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an id (5) or a range of ids (10-15), ids start at 1")
+        hint = f"; with spaces: {' '.join(text.split(','))}" * ("," in text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not an id (5) or a range of ids (10-15), ids start at 1{hint}")
     ids = range(int(first), int(last or first) + 1)
     if ids.start >= ids.stop:
         raise argparse.ArgumentTypeError(f"{text!r} runs backwards, write {last}-{first}")

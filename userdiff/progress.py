@@ -44,7 +44,8 @@ def make_bar(total: int, done: int = 0, **options: Any) -> tqdm:
 
 def show_reading(items: Iterable[T], total: int) -> Iterable[T]:
     """Show a bar while images are read."""
-    with make_bar(total, desc="Checking images", leave=False) as bar:
+    delay = 0 if sys.stderr.isatty() else _LOG_SECONDS  # a log need not hear of what is over soon
+    with make_bar(total, desc="Checking images", leave=False, delay=delay) as bar:
         for item in items:
             yield item
             bar.update()

@@ -137,7 +137,7 @@ def _survey(
     config: JobConfig, model: JobModel, coordinator: Coordinator, old_record: RunRecord | None
 ) -> tuple[manifest.Finished, Plan, RunRecord, dict[str, Any]]:
     """Find what is done and plan the rest, and say so; with the record and the numerics of this run."""
-    found = manifest.Finished(Table(), [], [])
+    found = manifest.Finished(Table(), lost=[], others=[], has_manifest=False, strangers=[])
     if not (config.dry_run and config.overwrite):  # what that would remove is still there
         recipe = manifest.Recipe.of(model.identity, model.run)
         with coordinator.interrupt.abandonable():
@@ -149,8 +149,10 @@ def _survey(
     done = found.rows.image_indices()
     plan = make_plan(wanted, config.num_images_per_user, numerics["batch_size"], done)
     folder.refuse_strangers(config, wanted, found.strangers, "--output_dir")
-    run_record = folder.new_record(model.identity, numerics, old_record)
+    run_record = folder.new_record(model.identity, numerics, old_record, has_images=bool(found.rows))
     console.announce(config, model, plan, coordinator.num_processes, found)
+    if old_record and old_record.manifest_sha256 and not found.has_manifest:
+        console.note_manifest(config.output_dir)
     return found, plan, run_record, numerics
 
 

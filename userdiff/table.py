@@ -146,9 +146,10 @@ class Table:
 
     def of_image(self, user_id: int, image_index: int) -> list[Row]:
         """Give the rows of an image."""
-        block = self.block(user_id)
-        key = np.array([image_index], block["image_index"].dtype)  # else the whole column would be cast
-        first, last = (np.searchsorted(block["image_index"], key, side)[0] for side in ("left", "right"))
+        if not 0 <= image_index <= images.MAX_IMAGE_INDEX:  # as an edited record may say
+            return []
+        block, key = self.block(user_id), np.uint32(image_index)  # of another type, it would have the whole column cast
+        first, last = (np.searchsorted(block["image_index"], key, side) for side in ("left", "right"))
         return [_row(user_id, record) for record in block[first:last].tolist()]
 
     def keep(self, user_id: int, mask: NDArray[np.bool_]) -> None:

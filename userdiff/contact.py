@@ -1,0 +1,87 @@
+"""One process's contact with the store and, through it, with the others: whether it answers, and whether they live."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from torch.distributed import DistError, Store
+
+PULSE_SECONDS = 1.0
+LOST_AFTER_PULSES = 60  # of our own: a process that was itself suspended has not waited
+GONE_AFTER_PULSES = 3  # of a process that has little else left to do but to leave
+
+T = TypeVar("T")
+
+
+class Watch:
+    """For how long other processes have given no sign of life, in times that they were looked for."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[int, int]] = {}  # process -> its count, how often in a row it was the same
+
+    def look_for(self, store: Store, other: int) -> None:
+        """Look once for a sign of life."""
+        beat = int(store.add(f"beat/{other}", 0))
+        before, silent = self._seen.get(other, (beat, 0))
+        self._seen[other] = beat, silent + 1 if beat == before else 0
+
+    def has_died(self, other: int, looks: int) -> bool:
+        """Whether so many looks found nothing new; of a process that never gave a sign, LOST_AFTER_PULSES."""
+        beat, silent = self._seen.get(other, (0, 0))
+        return silent >= (looks if beat else LOST_AFTER_PULSES)
+
+
+class Line:
+    """The one thread that talks to the store, so that nobody else waits for an answer without bound.
+
+    A TCPStore whose machine vanished never answers, nor even opens (tried), and whoever waits in it sees no signal.
+    """
+
+    def __init__(self, open_store: Callable[[], Store], pulse: Callable[[Store], None], patience: int) -> None:
+        self._open_store = open_store
+        self._pulse = pulse
+        self._patience = patience
+        self._broken: DistError | None = None
+        self._requests: queue.SimpleQueue[tuple[Future[Any], Callable[[Store], Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="store", daemon=True).start()
+
+    def ask(self, operation: Callable[[Store], T]) -> T:
+        """Do something with the store; raises DistError where it is gone or does not answer."""
+        answer: Future[T] = Future()
+        self._requests.put((answer, operation))
+        for _ in range(self._patience):
+            if self._broken:  # once for all: nobody waits again for what has not answered
+                raise self._broken
+            with suppress(NotYet):
+                return answer.result(timeout=PULSE_SECONDS)
+        self._broken = DistError(f"no answer for {self._patience * PULSE_SECONDS:.0f} s")
+        raise self._broken
+
+    def close(self) -> None:
+        """Let the thread end; asking is an error from here on."""
+        self._broken = self._broken or DistError("closed")
+        self._requests.put(None)
+
+    def _serve(self) -> None:
+        store, next_pulse = None, 0.0
+        while True:
+            if store is not None and time.monotonic() >= next_pulse:
+                self._pulse(store)
+                next_pulse = time.monotonic() + PULSE_SECONDS
+            try:
+                request = self._requests.get(timeout=PULSE_SECONDS)
+            except queue.Empty:
+                continue
+            if request is None:
+                return
+            answer, operation = request
+            try:
+                store = store or self._open_store()
+                answer.set_result(operation(store))
+            except Exception as error:
+                answer.set_exception(error)
