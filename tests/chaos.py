@@ -341,14 +341,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--two_machines_every", type=int, default=TWO_MACHINES_EVERY, help="so many rounds (default: %(default)s)"
     )
-    parser.add_argument("--verbose", action="store_true", help="a line for every kill instead of a progress bar")
+    parser.add_argument("--verbose", action="store_true", help="a line for every kill, as in a log, instead of a bar")
     args = parser.parse_args(argv)
+    is_verbose = args.verbose or not sys.stderr.isatty()
     seed = SystemRandom().randrange(10**6) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)
     root = Path(tempfile.mkdtemp(prefix="userdiff-chaos-"))
     environment = {"OMP_NUM_THREADS": "1", "TMPDIR": str(root)}  # launchers that are killed leave folders behind
-    say = partial(print, flush=True) if args.verbose else lambda line: None
-    bar = tqdm(total=args.kills, unit=" kills", dynamic_ncols=True, disable=args.verbose or None)
+    say = partial(print, flush=True) if is_verbose else lambda line: None
+    bar = tqdm(total=args.kills, unit=" kills", dynamic_ncols=True, disable=is_verbose)
     with patch.dict(os.environ, environment), bar:
         chaos = Chaos(root, seed, args.kills, args.two_machines_every, say, on_kill=bar.update)
         with suppress(KeyboardInterrupt):  # what there was until then is worth a tally

@@ -201,6 +201,15 @@ class SilentStore:
         return operation
 
 
+def test_leaving_waits_for_the_thread_that_talks_to_the_store(processes):
+    """At the end of the interpreter, one still in torch's store would abort the process."""
+    (coordinator,) = processes(1)
+    threading.Thread(target=coordinator._ask, args=(lambda store: time.sleep(0.5),), daemon=True).start()
+    time.sleep(0.1)
+    coordinator._line.close()
+    assert not coordinator._line._thread.is_alive()
+
+
 def test_a_store_that_never_answers_is_given_up(quick_pulse):
     store = SilentStore()
     coordinator = Coordinator(lambda: store, 1, 2, patience=5)

@@ -14,6 +14,7 @@ from torch.distributed import DistError, Store
 PULSE_SECONDS = 1.0
 LOST_AFTER_PULSES = 60  # of our own: a process that was itself suspended has not waited
 GONE_AFTER_PULSES = 3  # of a process that has little else left to do but to leave
+CLOSE_SECONDS = 2.0
 
 T = TypeVar("T")
 
@@ -48,7 +49,8 @@ class Line:
         self._patience = patience
         self._broken: DistError | None = None
         self._requests: queue.SimpleQueue[tuple[Future[Any], Callable[[Store], Any]] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="store", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="store", daemon=True)
+        self._thread.start()
 
     def ask(self, operation: Callable[[Store], T]) -> T:
         """Do something with the store; raises DistError where it is gone or does not answer."""
@@ -63,9 +65,14 @@ class Line:
         raise self._broken
 
     def close(self) -> None:
-        """Let the thread end; asking is an error from here on."""
+        """Let the thread end; asking is an error from here on.
+
+        It is waited for, since one in the midst of torch's store aborts the process when the interpreter ends; but not
+        for long, since a store that is gone may never answer.
+        """
         self._broken = self._broken or DistError("closed")
         self._requests.put(None)
+        self._thread.join(CLOSE_SECONDS)
 
     def _serve(self) -> None:
         store, next_pulse = None, 0.0
