@@ -36,7 +36,7 @@ from tests.jobs import launch, start
 from tests.processes import POLL_SECONDS, Job, Stat, describe, our_tracebacks, send, still_alive
 
 SHAPE = Shape(sample_size=16)
-JOB_FLAGS = ["--num_images_per_user", "60", "--num_inference_steps", "2", "--batch_size", "4"]
+JOB_FLAGS = ["--num_images_per_user", "150", "--num_inference_steps", "2", "--batch_size", "4"]
 NUM_JOB_SEEDS = 3  # datasets share as many undisturbed runs
 KILLS_OF_A_DATASET = 12  # then it may come to its end
 TWO_MACHINES_EVERY = 5  # rounds, if nobody says otherwise; they take the longest to start
