@@ -81,8 +81,8 @@ def test_files_of_ones_own_and_a_lost_or_edited_manifest_are_spoken_of(job, out,
     assert run_job(*job) == 0
     said = capsys.readouterr()
     assert (
-        "Warning: no images of this job, but loaders may take them for some: user_03/photo.png, user_03/generated_007.png; "
-        f"`userdiff verify {out}` tells all\n"
+        "Warning: 2 files beside the images are not of this job, and loaders may read them too: user_03/photo.png, "
+        f"user_03/generated_007.png; `userdiff verify {out}` lists all\n"
     ) in said.err
     assert "Note: manifest.csv is gone; its rows are made again from the images\n" in said.out
     with (out / "manifest.csv").open("a") as labels:

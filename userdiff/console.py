@@ -117,9 +117,10 @@ def _warn_of_others(output_dir: Path, found: Finished) -> None:
     others = [*found.others, *(file_name(*item) for item in found.strangers)]
     if others:
         more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
+        are, them = ("is", "it") if len(others) == 1 else ("are", "them")
         _warn(
-            f"no {'image' if len(others) == 1 else 'images'} of this job, but loaders may take them for some: "
-            f"{', '.join(others[:_LISTED])}{more}; `userdiff verify {output_dir}` tells all"
+            f"{count(len(others), 'file')} beside the images {are} not of this job, and loaders may read {them} too: "
+            f"{', '.join(others[:_LISTED])}{more}; `userdiff verify {output_dir}` lists all"
         )
 
 
