@@ -158,7 +158,7 @@ def test_verify_finds_what_is_missing_changed_or_foreign(out, capsys):
     assert lines[6:] == [
         f"{out}: 6 problems (sizes compared, contents not read)",
         (
-            "What is changed: images: run the job's command, and remove those before that have the size of their row; "
+            "What is changed: images: remove those that have the size of their row, then run the job's command; "
             "manifest.csv: the job's command writes it anew, and so does `userdiff merge`"
         ),
         "What is foreign: move it away",

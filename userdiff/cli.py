@@ -17,8 +17,8 @@ from userdiff.parsing import natural_number, path
 _LISTED = 20  # problems of a kind; --deep on a broken disk may find thousands
 _REMEDIES = {  # of what `verify` finds
     "missing": "images and run.json: run the job's command; manifest.csv: that, or `userdiff merge`",
-    "changed": "images: run the job's command, and remove those before that have the size of their row; manifest.csv: the "
-    "job's command writes it anew, and so does `userdiff merge`",
+    "changed": "images: remove those that have the size of their row, then run the job's command; manifest.csv: the job's "
+    "command writes it anew, and so does `userdiff merge`",
     "unmerged": "`userdiff merge` records it, and so does the job's command",
     "unrecorded": "`userdiff merge` records it, and so does the job's command",
     "foreign": "move it away",
