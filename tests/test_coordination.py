@@ -71,11 +71,41 @@ def test_the_plan_reaches_everyone_as_it_was(processes):
 def test_progress_and_failures_add_up(processes):
     main, other = processes(2)
     main.count_published(1, num_bytes=700)
-    other.count_published(3, num_bytes=50)
+    other.count_published(1, num_bytes=20)
+    other.count_published(2, num_bytes=30)
+    other.next_batch()
     assert main.published() == other.published() == (4, 750)
     main.report_failed(2, 5)
     other.report_failed(1, 9)
     assert main.failed() == [(1, 9), (2, 5)]
+
+
+def test_counting_asks_nothing_of_the_store_and_loses_nothing(processes, quick_pulse):
+    """It was two questions an image, for which the writers waited; now a process reports what it has made in between."""
+    main, other = processes(2)
+    line, asked = other._line.ask, []
+    other._line.ask = lambda operation: asked.append(operation) or line(operation)
+    threads = [threading.Thread(target=lambda: [other.count_published(1, 7) for _ in range(500)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not asked
+    other.finish()
+    assert main.published() == (2000, 14000)
+    other.count_published(1, 1)
+    deadline = time.monotonic() + 20
+    while main.published() != (2001, 14001) and time.monotonic() < deadline:  # with a pulse
+        time.sleep(0.01)
+    assert main.published() == (2001, 14001)
+
+
+def test_what_was_made_before_an_error_is_counted(processes):
+    main, other = processes(2)
+    other.count_published(3, num_bytes=50)
+    with pytest.raises(ZeroDivisionError), other:
+        raise ZeroDivisionError
+    assert int(main._add("published", 0)) == 3
 
 
 # Ending
@@ -219,7 +249,7 @@ def test_a_store_that_never_answers_is_given_up(quick_pulse):
         coordinator.next_batch()
     begun = time.monotonic()
     with pytest.raises(Failed):  # once for all: nobody waits again
-        coordinator.count_published(1, 1)
+        coordinator.published()
     assert time.monotonic() - begun < 5
     store.is_silent = False
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -57,6 +58,8 @@ class Coordinator:
         self.num_machines = num_machines
         self.name = f"process {process_index} on {socket.gethostname()}"  # as messages say it
         self.interrupt = interrupt or Interrupt()
+        self._unreported = [0, 0]  # images and bytes published, of which the store has not heard
+        self._count_lock = threading.Lock()
         self._parent = os.getppid()
         self._watch = contact.Watch()
         self._watched = range(1, num_processes) if process_index == 0 else range(1)
@@ -75,6 +78,7 @@ class Coordinator:
         with suppress(Halted):  # the store may be gone
             if error is not None:
                 self.halt(error)
+            self._ask(self._report_published)
             self._ask(lambda store: store.set(f"left/{self.process_index}", ""))
         self._line.close()
 
@@ -147,10 +151,16 @@ class Coordinator:
 
     def next_batch(self) -> int:
         """Claim the next batch: 0, 1, 2, ... each given to one process alone."""
-        return self._add("next_batch", 1) - 1
+
+        def claim(store: Store) -> int:
+            self._report_published(store)
+            return int(store.add("next_batch", 1)) - 1
+
+        return self._ask(claim)
 
     def finish(self) -> None:
         """Say that this process has nothing left to compute or write."""
+        self._ask(self._report_published)
         self._add("finished", 1)
 
     def wait_for_all(self, on_poll: Callable[[], None]) -> None:
@@ -164,16 +174,22 @@ class Coordinator:
     # Progress and failures
 
     def count_published(self, num_images: int, num_bytes: int) -> None:
-        """Add to what all processes have published in this run."""
+        """Add to what this process has published, from any thread; the others learn of it with its next batch or pulse."""
+        with self._count_lock:
+            self._unreported[0] += num_images
+            self._unreported[1] += num_bytes
 
-        def add(store: Store) -> None:
+    def _report_published(self, store: Store) -> None:
+        with self._count_lock:
+            num_images, num_bytes = self._unreported
+            self._unreported = [0, 0]
+        if num_images:
             store.add("published_bytes", num_bytes)
             store.add("published", num_images)
 
-        self._ask(add)
-
     def published(self) -> tuple[int, int]:
         """Give the number of images that all processes have published in this run, and of their bytes."""
+        self._ask(self._report_published)
         return self._add("published", 0), self._add("published_bytes", 0)
 
     def report_failed(self, user_id: int, image_index: int) -> None:
@@ -240,6 +256,7 @@ class Coordinator:
         """Give a sign of life, look for one from the others and, until there is a reason to end, look out for one."""
         try:
             store.add(f"beat/{self.process_index}", 1)
+            self._report_published(store)
             for other in self._watched:
                 self._watch.look_for(store, other)
             if self.interrupt.reason is None:
