@@ -1,3 +1,4 @@
+import io
 import os
 import secrets
 import stat
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from userdiff.images import (
@@ -19,6 +21,7 @@ from userdiff.images import (
     encode_png,
     file_name,
     parse_file_name,
+    png_size,
     publish,
     remove_temporaries,
     user_folders,
@@ -103,32 +106,63 @@ def test_only_images_of_a_job_are_found(tmp_path):
 # PNG
 
 
+@pytest.mark.parametrize("level", [0, 1, 3, 4, 6, 9])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 8), (16, 3)])
-def test_a_png_holds_pixels_and_text(tmp_path, height, width, channels):
+def test_a_png_holds_pixels_and_text(tmp_path, height, width, channels, level):
     pixels = noise(height, width, channels)
     text = {"user_id": "7", "seed": "4294967295", "userdiff_run": "ab" * 32}
     path = tmp_path / "image.png"
-    path.write_bytes(encode_png(pixels, text))
+    path.write_bytes(encode_png(pixels, text, level))
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert np.array_equal(np.asarray(image).reshape(height, width, channels), pixels)
         assert image.text == text
     assert decode_png(path.read_bytes()) == ((width, height), text)
+    assert png_size(path.read_bytes()) == (width, height)
 
 
-def test_a_view_of_other_strides_is_encoded_as_it_looks(tmp_path):
+@pytest.mark.parametrize("level", [1, 6])
+def test_a_view_of_other_strides_is_encoded_as_it_looks(tmp_path, level):
     pixels = noise(9, 6, 3).transpose(1, 0, 2)[::2, ::-1]
     path = tmp_path / "image.png"
-    path.write_bytes(encode_png(pixels, {}))
+    path.write_bytes(encode_png(pixels, {}, level))
     with Image.open(path) as image:
         assert np.array_equal(np.asarray(image), pixels)
 
 
-def test_text_in_any_script_is_kept(tmp_path):
+@given(
+    pixels=arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 3, 4]))),
+    text=st.dictionaries(
+        st.from_regex(r"[a-z_]{1,20}", fullmatch=True), st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+    ),
+    level=st.integers(0, 9),
+)
+@settings(max_examples=200, deadline=None)
+def test_whatever_is_encoded_is_decoded(pixels, text, level):
+    data = encode_png(pixels, text, level)
+    size, found = decode_png(data)
+    assert (size, found) == ((pixels.shape[1], pixels.shape[0]), text)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))).reshape(pixels.shape), pixels)
+
+
+def test_the_fast_levels_choose_no_filter_and_cost_little(tmp_path):
+    """Every row has the filter Sub; of a smooth image the file is about as large."""
+    y, x = np.mgrid[0:128, 0:128]
+    pixels = np.stack([x + y, 2 * x, 255 - y], axis=-1).clip(0, 255).astype(np.uint8)
+    pixels += np.random.default_rng(0).integers(0, 4, pixels.shape, dtype=np.uint8)
+    fast = encode_png(pixels, {"user_id": "1"}, 1)
+    data = fast[fast.index(b"IDAT") + 4 : fast.index(b"IEND") - 8]
+    rows = np.frombuffer(zlib.decompress(data), np.uint8).reshape(128, 1 + 3 * 128)
+    assert set(rows[:, 0].tolist()) == {1}
+    assert len(fast) < 1.3 * len(encode_png(pixels, {"user_id": "1"}))
+
+
+@pytest.mark.parametrize("level", [1, 6])
+def test_text_in_any_script_is_kept(tmp_path, level):
     text = {"latin": "déjà vu", "other": "用户 ①", "empty": "", "long": 1000 * "x"}
     path = tmp_path / "image.png"
-    path.write_bytes(encode_png(noise(2, 2, 3), text))
+    path.write_bytes(encode_png(noise(2, 2, 3), text, level))
     assert decode_png(path.read_bytes())[1] == text
 
 
