@@ -2,17 +2,29 @@
 
 import copy
 import json
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
 
 from tests.checkpoints import model_flags
 from tests.jobs import finish, launch, run_job, tree
 from tests.oracle import assert_parity, oracle_image
 from userdiff import sampling
-from userdiff.acceleration import Compilation, token_vectors, use_single_token
+from userdiff.acceleration import (
+    ChannelwiseGroupNorm,
+    Compilation,
+    FusedSelfAttnProcessor,
+    token_vectors,
+    use_fused_self_attention,
+    use_single_token,
+    use_timestep_table,
+)
 from userdiff.config import parse_args
+from userdiff.cuda_graph import GraphedUNet
 from userdiff.loading import load_model
 from userdiff.models import ddim_scheduler, load_noise_scheduler
 
@@ -77,6 +89,30 @@ def test_queries_and_keys_are_not_computed():
     fast(torch.zeros(1, 4, 8, 8), torch.tensor(1), vectors)
 
 
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_all_that_a_gpu_gets_changes_nothing(changes):
+    plain = make_unet(**changes)
+    fast = copy.deepcopy(plain)
+    state = torch.get_rng_state()
+    use_single_token(fast)
+    use_timestep_table(fast, 1000)
+    use_fused_self_attention(fast, is_flex=False)
+    assert torch.equal(torch.get_rng_state(), state)  # no random numbers are drawn
+    assert fast.time_proj.table.shape[0] == 1000
+    is_fused = any(isinstance(getattr(layer, "processor", None), FusedSelfAttnProcessor) for layer in fast.modules())
+    assert is_fused == changes.keys().isdisjoint({"upcast_attention"})
+    latents = torch.randn((3, 4, 8, 8), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randn((3, 1, 16), generator=torch.Generator().manual_seed(1))
+    vectors = token_vectors(fast, tokens)
+    passes = {}
+    for step in (0, 17, 999):
+        passes[step] = plain(latents, torch.tensor(step), tokens, return_dict=False)[0]
+        found = fast(latents, torch.tensor(step), vectors, return_dict=False)[0]
+        assert relative_error(found, passes[step]) < 1e-5
+    assert relative_error(passes[17], passes[999]) > 1e-3  # each timestep has its own row
+    assert relative_error(draw(fast, vectors), draw(plain, tokens)) < 1e-5
+
+
 def test_a_unet_of_another_make_is_left_as_it_is():
     unet = make_unet(
         down_block_types=("SimpleCrossAttnDownBlock2D", "DownBlock2D"),
@@ -85,9 +121,105 @@ def test_a_unet_of_another_make_is_left_as_it_is():
     )
     tokens = torch.randn((3, 1, 16), generator=torch.Generator().manual_seed(1))
     expected = draw(unet, tokens)
+    modules = list(unet.modules())
     use_single_token(unet)
+    use_timestep_table(unet, 1000)
+    use_fused_self_attention(unet, is_flex=False)
+    assert list(unet.modules()) == modules
     assert token_vectors(unet, tokens) is tokens
     assert torch.equal(draw(unet, tokens), expected)
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """What is written for a compiler, done without one."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+def norms(channels):
+    """A group norm, and the one that sums channel by channel."""
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(4, channels).requires_grad_(False)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    return norm, ChannelwiseGroupNorm(norm)
+
+
+@pytest.mark.parametrize(("mean", "most"), [(0, 1e-6), (1000, 1e-4)])  # of which float32 keeps three digits fewer
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 8, 16, 16), (3, 12, 8, 40), (1, 4, 64, 64)])
+def test_norms_channel_by_channel_are_group_norms(compiling, shape, layout, mean, most):
+    norm, channelwise = norms(shape[1])
+    x = (torch.randn(shape) + mean).to(memory_format=layout)
+    found = channelwise(x)
+    assert found.dtype == torch.float32
+    assert relative_error(found, copy.deepcopy(norm).double()(x.double())) < most
+
+
+def test_norms_of_half_precision_are_summed_in_float32(compiling):
+    norm, channelwise = (one.half() for one in norms(8))
+    x = (torch.randn(2, 8, 16, 16) * 100 + 1000).half()
+    found = channelwise(x)
+    assert found.dtype == torch.float16
+    assert relative_error(found, norm.double()(x.double())) < 2e-3
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 8), (2, 8, 15, 17), (2, 8, 400)])
+def test_norms_of_small_images_and_of_other_shapes_are_torchs(compiling, shape):
+    norm, channelwise = norms(8)
+    x = torch.randn(shape)
+    assert torch.equal(channelwise(x), norm(x))
+
+
+def test_norms_that_are_not_compiled_are_torchs():
+    norm, channelwise = norms(8)
+    x = torch.randn(2, 8, 16, 16)
+    assert torch.equal(channelwise(x), norm(x))
+
+
+class RecordedUNet(nn.Module):
+    """Stands in for a UNet and for CUDA graphs: the graph that records a pass makes it again at every replay."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.plain, self.config = plain, plain.config
+        self.recorder, self.num_recorded = None, 0
+
+    def forward(self, *inputs, return_dict):
+        (output,) = self.plain(*inputs, return_dict=return_dict)
+        if self.recorder is not None:
+            self.recorder.replay = lambda: output.copy_(self.plain(*inputs, return_dict=False)[0])
+        return (output,)
+
+    @contextmanager
+    def record(self, graph, **settings):
+        self.recorder, self.num_recorded = graph, self.num_recorded + 1
+        yield
+        self.recorder = None
+
+
+def test_a_graph_is_recorded_once_for_each_shape_and_fed(monkeypatch):
+    unet = RecordedUNet(make_unet())
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", unet.record)
+    graphed = GraphedUNet(unet)
+    passes = []
+    shapes = [(2, torch.long, 1), (2, torch.long, 1), (3, torch.long, 2), (3, torch.int, 3), (2, torch.long, 4)]
+    for step, (batch, dtype, num_recorded) in enumerate(shapes):
+        given = torch.randn(batch, 4, 8, 8), torch.tensor(step, dtype=dtype), torch.randn(batch, 1, 16)
+        assert torch.equal(graphed(*given)[0], unet.plain(*given, return_dict=False)[0])
+        assert unet.num_recorded == num_recorded
+        passes.append((given, copy.deepcopy(given)))
+    # what was given is copied, and stays as it was
+    assert all(torch.equal(*pair) for given, before in passes for pair in zip(given, before, strict=True))
+    graphed.forget()
+    graphed(*given)
+    assert unet.num_recorded == 5
 
 
 def test_kernels_chosen_by_timing_are_refused(checkpoint, tmp_path, capsys, monkeypatch):

@@ -41,6 +41,7 @@ STAGES = {
     "launcher",
     "contact",
     "coordination",
+    "cuda_graph",
     "acceleration",
     "computing",
 }
@@ -70,12 +71,14 @@ MAY_IMPORT = {
     "conditioning": {"torch", "safetensors"},
     "models": {"torch", "diffusers"},
     "sampling": {"torch"},
-    "acceleration": {"torch"},
+    "cuda_graph": {"torch"},
+    "acceleration": {"cuda_graph", "torch"},
     "training": {"conditioning", "models", "planning", "sampling", "torch"},
     "loading": {
         "acceleration",
         "config",
         "conditioning",
+        "cuda_graph",
         "models",
         "parsing",
         "record",
@@ -86,6 +89,7 @@ MAY_IMPORT = {
     "computing": {
         "acceleration",
         "config",
+        "cuda_graph",
         "halting",
         "loading",
         "planning",

@@ -188,6 +188,11 @@ FLAGS = {
     "eta empty": Bad("--eta=", "--eta", "''", "not a number"),
     "batch_size of 0": Bad("--batch_size 0", "--batch_size", "0 is", "needed: 1 to 65536"),
     "batch_size huge": Bad(f"--batch_size {HUGE}", "--batch_size", HUGE, "needed: 1 to 65536"),
+    "png_compress_level of 10": Bad("--png_compress_level 10", "--png_compress_level", "10 is", "needed: 0 to 9"),
+    "png_compress_level below 0": Bad("--png_compress_level=-1", "--png_compress_level", "-1 is", "needed: 0 to 9"),
+    "png_compress_level a word": Bad(
+        "--png_compress_level fast", "--png_compress_level", "'fast'", "not a whole number"
+    ),
     "batch_size a fraction": Bad("--batch_size 1/2", "--batch_size", "'1/2'", "not a whole number"),
     # choices
     "device unknown": Bad("--device tpu", "--device", "'tpu'", "is none of auto, cuda, cpu"),

@@ -53,6 +53,7 @@ DEFAULTS = {
     "overwrite": False,
     "allow_tf32": False,
     "dry_run": False,
+    "png_compress_level": None,
 }
 NEEDS_ALL = "your own model needs all of --vae_path, --unet_path, --condition_encoder_path, --num_users"
 USERS_WITHOUT_MODEL = (
@@ -140,6 +141,8 @@ def test_the_original_command_line_means_what_it_meant():
         ("--overwrite", "overwrite", True),
         ("--allow_tf32", "allow_tf32", True),
         ("--dry_run", "dry_run", True),
+        ("--png_compress_level 0", "png_compress_level", 0),
+        ("--png_compress_level 9", "png_compress_level", 9),
     ],
 )
 def test_each_flag_takes_its_values(argv, name, value):
@@ -408,18 +411,27 @@ HELP_TEXTS = {
     "seed": "(default: 42)",
     "eta": "(default: 0.0)",
     "device": "(default: auto)",
-    "batch_size": "(default: what the folder began with, else 16)",
+    "batch_size": "(default: what the folder began with, else 64 on a GPU, 16 on a CPU)",
     "mixed_precision": "(default: the launcher's, else no)",
     "dry_run": "change nothing",  # a switch, as the next ones
     "overwrite": "start again",  # a switch, off where it is not given
     "allow_tf32": "let float32 matrix products use TF32",  # a switch, off where it is not given
+    "png_compress_level": "(default: what the folder began with, else 6)",
 }
 HELP_GROUPS = {
     "options": {"-h"},
     "the model": set(list(HELP_TEXTS)[:9]),
     "what to make": {"user_ids", "num_images_per_user", "output_dir"},
     "how to sample": {"num_inference_steps", "seed", "eta"},
-    "how to run": {"device", "batch_size", "mixed_precision", "dry_run", "overwrite", "allow_tf32"},
+    "how to run": {
+        "device",
+        "batch_size",
+        "mixed_precision",
+        "dry_run",
+        "overwrite",
+        "allow_tf32",
+        "png_compress_level",
+    },
 }
 
 

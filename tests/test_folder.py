@@ -420,10 +420,10 @@ def test_a_group_that_the_launcher_restarts_does_not_start_again(job, out, monke
 def test_images_of_one_colour_are_counted_and_named(job, tmp_path, capsys, monkeypatch):
     encode = images.encode_png
 
-    def encode_flat(pixels, text):
+    def encode_flat(pixels, text, *level):
         if (text.get("user_id"), text.get("image_index")) in {("1", "2"), ("2", "0")}:
             pixels = pixels * 0 + 37
-        return encode(pixels, text)
+        return encode(pixels, text, *level)
 
     monkeypatch.setattr(images, "encode_png", encode_flat)
     assert run_job(*job) == 0
@@ -504,9 +504,9 @@ def test_the_first_images_tell_what_the_rest_will_take(flags, tmp_path, capsys, 
     monkeypatch.setattr(os, "statvfs", disk(10**9))
     encode = images.encode_png
 
-    def encode_and_fill(pixels, text):
+    def encode_and_fill(pixels, text, *level):
         monkeypatch.setattr(os, "statvfs", disk(20_000))
-        return encode(pixels, text)
+        return encode(pixels, text, *level)
 
     monkeypatch.setattr(images, "encode_png", encode_and_fill)
     assert run_job(*flags, "--num_images_per_user", 200, "--user_ids", 1, 2, "--output_dir", tmp_path) == 0

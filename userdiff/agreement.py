@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from userdiff import manifest, record
 from userdiff.manifest import Finished, Recipe, Track
-from userdiff.record import RECORD_NAME, RunRecord
+from userdiff.record import NUMERICS_DEFAULTS, RECORD_NAME, RunRecord
 from userdiff.table import Item, Row, Table
 
 
@@ -164,7 +164,8 @@ def other_numerics(records: Mapping[Path, RunRecord]) -> list[str]:
     for name in sorted({name for one in records.values() for name in one.numerics}):
         holders: dict[str, list[Path]] = {}
         for path, one in records.items():
-            holders.setdefault(str(one.numerics.get(name)), []).append(path)
+            if (value := one.numerics.get(name, NUMERICS_DEFAULTS.get(name))) is not None:
+                holders.setdefault(str(value), []).append(path)
         if len(holders) > 1:
             values = (f"{value} in {_first(paths)}" for value, paths in holders.items())
             texts.append(f"{name} is {', '.join(values)}")

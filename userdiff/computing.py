@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -15,12 +16,32 @@ from torch._dynamo.exc import TorchDynamoException
 from userdiff import sampling
 from userdiff.acceleration import token_vectors
 from userdiff.config import JobConfig
+from userdiff.cuda_graph import GraphedUNet
 from userdiff.halting import Failed
 from userdiff.loading import JobModel
 from userdiff.planning import item_seed
 from userdiff.table import Item
 
+HEADROOM = 2**30  # bytes that a GPU should have free: with less, cuDNN may take another kernel, and round otherwise
+
 _POLL_SECONDS = 0.001
+_OUT_OF_MEMORY = (  # as torch on a CPU calls it, the runtimes of CUDA and HIP, Triton, cuBLAS, cuDNN
+    "DefaultCPUAllocator",
+    "out of memory",
+    "STATUS_ALLOC_FAILED",
+    "unable to find an engine",
+)
+_GPU_ERROR = (
+    "CUDA error",
+    "CUDA driver error",
+    "cuDNN error",
+    "CUDNN_STATUS",
+    "CUBLAS_STATUS",
+    "Triton Error",
+    "HIP error",
+    "miopen",
+    "NVML_SUCCESS",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +60,9 @@ class Batch:
     """Of all three on the host."""
 
     def is_there(self) -> bool:
-        """Whether the images have come to the host."""
-        return self.arrival is None or self.arrival.query()
+        """Whether the images have come to the host; raises Failed where the GPU failed in between."""
+        with gpu_errors():
+            return self.arrival is None or self.arrival.query()
 
     def wait(self) -> None:
         """Wait until the images have come to the host; polls, so that a signal is seen."""
@@ -65,24 +87,61 @@ def start(
     for the batch, with a size that was tried and found to do.
     """
     try:
-        return _start(config, model, items, on_step)
-    except TorchDynamoException as error:
-        raise Failed(
-            f"the models cannot be compiled ({str(error).splitlines()[0]}); --dynamo_backend no does without"
-        ) from error
+        with gpu_errors():
+            return _start(config, model, items, on_step)
     except (RuntimeError, MemoryError) as error:
+        said = _first_line(error)
         if not _is_out_of_memory(error):
+            if isinstance(error, TorchDynamoException):
+                raise Failed(f"the models cannot be compiled ({said}); --dynamo_backend no does without") from error
             raise
     # only here, where the error no longer holds what the passes held
-    fitting = _fitting_batch_size(config, model, len(items))
-    remedy = f"--batch_size {fitting} would do" if fitting else "nor does one alone"
+    with gpu_errors():
+        fitting = _fitting_batch_size(config, model, len(items))
+    remedy = f"--batch_size {fitting} would do" if fitting else f"nor does one alone ({said})"
     raise Failed(
         f"--batch_size: {len(items)} images at a time do not fit into the memory of {model.device_name}, {remedy}"
     )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that a GPU has free, whoever else uses it; None for a CPU."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
+def _held_by_passes(device: torch.device) -> int:
+    """Return the bytes that passes held at most beyond what is held now."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+
+
+@contextmanager
+def gpu_errors(too_small: str = "") -> Iterator[None]:
+    """Make Failed, a line, of what a GPU's libraries raise; of memory that is too small if that is said in `too_small`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _is_out_of_memory(error):
+            if too_small:
+                raise Failed(f"--device: {too_small} ({_first_line(error)})") from error
+            raise
+        if any(name in str(error) for name in _GPU_ERROR):
+            raise Failed(f"--device: the GPU failed ({_first_line(error)})") from error
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory was too small, by the error or by one that it came of, as when a CUDA graph was recorded."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(of in str(error) for of in _OUT_OF_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @torch.inference_mode()
@@ -96,7 +155,7 @@ def _start(
     latents = sampling.denoise(
         model.unet,
         model.scheduler,
-        sampling.to_device(noise.contiguous(memory_format=torch.channels_last), model.device),
+        sampling.to_device(noise.contiguous(memory_format=model.memory_format), model.device),
         token_vectors(model.unet, tokens),
         num_inference_steps=config.num_inference_steps,
         eta=config.eta,
@@ -130,17 +189,27 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _fitting_batch_size(config: JobConfig, model: JobModel, too_large: int) -> int | None:
-    """Find, by halving, a batch size of which one UNet pass and the decoding fit into memory; None if not even one does."""
+    """Find, by halving, a batch size of which one UNet pass and the decoding fit into memory; None if not even one does.
+
+    On a GPU they leave HEADROOM, but a single image. Nothing is recorded, since a recording that fails keeps memory to
+    itself; what one would keep is left free too.
+    """
     one_step = replace(config, num_inference_steps=1)
+    if isinstance(model.unet, GraphedUNet):
+        model.unet.forget()
+        model = replace(model, unet=model.unet.unet)
     items = [(next(iter(model.user_index)), 0)] * too_large
     with torch.compiler.set_stance("force_eager"):
         while items := items[: len(items) // 2]:
             gc.collect()
-            torch.cuda.empty_cache()
             try:
+                torch.cuda.empty_cache()
                 _start(one_step, model, items).wait()
-                return len(items)
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
+                continue
+            free = free_memory(model.device)
+            if free is None or free - _held_by_passes(model.device) >= HEADROOM or len(items) == 1:
+                return len(items)
     return None

@@ -15,7 +15,9 @@ from userdiff.parsing import MAX_USERS, id_range, number, path, whole_number
 
 BUNDLED_CHECKPOINT = Path(__file__).parent / "demo" / "checkpoint"
 BUNDLED_NUM_USERS = 10
-DEFAULT_BATCH_SIZE = 16
+DEFAULT_BATCH_SIZE = {"cpu": 16, "cuda": 64}
+"""Of a new folder, by the kind of device. Little is gained beyond, and all that is under way is lost at a stop."""
+DEFAULT_COMPRESS_LEVEL = 6
 MAX_SEED = 2**63 - 1
 MAX_USER_ID = 10**18 - 1
 MAX_IMAGES_PER_USER = 2**32  # image seeds are one to one within a user up to here
@@ -147,7 +149,8 @@ class JobConfig:
         "auto", choices=("auto", "cuda", "cpu"),
     )  # fmt: skip
     batch_size: int | None = _flag(
-        _RUN, f"images in every forward pass (default: what the folder began with, else {DEFAULT_BATCH_SIZE})",
+        _RUN, "images in every forward pass (default: what the folder began with, else "
+        f"{DEFAULT_BATCH_SIZE['cuda']} on a GPU, {DEFAULT_BATCH_SIZE['cpu']} on a CPU)",
         None, type=whole_number, metavar="N",
     )  # fmt: skip
     mixed_precision: str | None = _flag(
@@ -164,6 +167,11 @@ class JobConfig:
     allow_tf32: bool = _flag(
         _RUN, "let float32 matrix products use TF32 on GPUs that have it (default: off)", False, action="store_true"
     )
+    png_compress_level: int | None = _flag(
+        _RUN, "0 to 9: how hard to compress; up to 3 with one fixed filter, several times faster and a sixth larger "
+        f"(default: what the folder began with, else {DEFAULT_COMPRESS_LEVEL})",
+        None, type=whole_number, metavar="N",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Check every value; nothing is corrected silently."""
@@ -177,6 +185,8 @@ class JobConfig:
         self._check_range("eta", self.eta, 0, 1)
         if self.batch_size is not None:
             self._check_range("batch_size", self.batch_size, 1, 2**16)
+        if self.png_compress_level is not None:
+            self._check_range("png_compress_level", self.png_compress_level, 0, 9)
         if self.train_user_ids and self.user_map:
             raise UsageError(
                 f"--user_map: {self.user_map} goes without --train_user_ids, both say which row a user has"

@@ -236,7 +236,10 @@ def _list(title: str, items: Sequence[Item], what: str) -> None:
 def warn_of_numerics(name: str, before: object, after: object) -> None:
     """Warn that a folder goes on with other numerics than it began with."""
     threads = f"OMP_NUM_THREADS={before}, launched --num_cpu_threads_per_process {before},"
-    keeps = {"batch_size": f"--batch_size {before}", "threads_per_process": threads}.get(name)
+    level = f"--png_compress_level {before}"
+    keeps = {"batch_size": f"--batch_size {before}", "threads_per_process": threads, "png_compress_level": level}.get(
+        name
+    )
     remedy = f"; {keeps} keeps it" if keeps else ""
     _warn(f"{name} was {before} when this folder was begun, is {after}; new images may differ in last bits{remedy}")
 
@@ -244,6 +247,35 @@ def warn_of_numerics(name: str, before: object, after: object) -> None:
 def warn_of_mixture(name: str, process: str, here: object, there: object) -> None:
     """Warn that a process has other numerics than the main process."""
     _warn(f"{name} is {here} in {process}, {there} in the main process; last bits may depend on who makes an image")
+
+
+def note_precision(device_name: str) -> None:
+    """Say that the launcher's bf16 became fp16."""
+    _say(f"Note: the launcher's configuration says bf16, which {device_name} has not; made in fp16")
+
+
+def warn_of_shared_gpus(num_processes: int, num_gpus: int) -> None:
+    """Warn that processes share GPUs, which only makes them slower."""
+    _warn(
+        f"{count(num_processes, 'process', 'processes')} on this machine share {count(num_gpus, 'GPU')}; "
+        f"--num_processes {num_gpus}, after accelerate launch, is faster"
+    )
+
+
+def warn_of_missing_gpus(num_processes: int, num_present: int) -> None:
+    """Warn that a job meant for GPUs runs on the CPU."""
+    _warn(
+        f"torch finds no GPU ({count(num_present, 'is', 'are')} in /dev), so {count(num_processes, 'process', 'processes')} on "
+        "this machine compute on the CPU; --device cuda would have made that an error, `use_cpu: true` says it is meant"
+    )
+
+
+def warn_of_memory(process: str, batch_size: int, free: int, needed: int) -> None:
+    """Warn that a GPU's memory is nearly full."""
+    _warn(
+        f"batches of {batch_size} leave {_bytes(free)} of the GPU's memory free in {process}; with less than {_bytes(needed)} "
+        "last bits may depend on what else is there, a smaller --batch_size leaves more"
+    )
 
 
 def warn_of_range(output_range: str) -> None:

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from userdiff.parsing import format_ids
-from userdiff.record import RunRecord, differences
+from userdiff.record import RunRecord, changed_numerics
 from userdiff.table import Item, Table
 
 _FAILED_LISTED = 100
@@ -138,11 +138,15 @@ def _device(numerics: Values) -> str:
 
 
 def _versions(numerics: Values) -> str:
-    return ", ".join(f"{name} {numerics[name]}" for name in ("torch", "diffusers", "pillow") if name in numerics)
+    return ", ".join(
+        f"{name} {numerics[name]}"
+        for name in ("torch", "cuda", "hip", "cudnn", "triton", "diffusers", "pillow")
+        if name in numerics
+    )
 
 
 def _changes(first: Values, last: Values) -> str:
-    return ", ".join(f"{name} was {before}" for name, before, _ in differences(first, last))
+    return ", ".join(f"{name} was {before}" for name, before, _ in changed_numerics(first, last))
 
 
 _OF_NUMERICS: dict[str, Callable[[Any], str]] = {

@@ -169,7 +169,7 @@ def new_record(
 ) -> RunRecord:
     """Make a run's record. It keeps the numerics of the first images; those of every run are in its history."""
     first = old.numerics if old and has_images else numerics
-    for name, before, after in record.differences(first, numerics):
+    for name, before, after in record.changed_numerics(first, numerics):
         console.warn_of_numerics(name, before, after)
     return RunRecord(identity=identity, numerics=first, history=old.history if old else [])
 

@@ -29,6 +29,16 @@ def num_machines() -> int:
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
+def num_local_processes() -> int:
+    """Give the number of processes of the job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def wants_gpus() -> bool:
+    """Whether accelerate's configuration says `use_cpu: false`."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "false"
+
+
 def restart_count() -> int:
     """Give how often the launcher has restarted this group of processes after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-from userdiff import models
-from userdiff.acceleration import Compilation, use_single_token
+from userdiff import acceleration, models
+from userdiff.acceleration import Compilation
 from userdiff.conditioning import (
     IncompatibleWeightsError,
     UserConditionEncoder,
@@ -17,6 +17,7 @@ from userdiff.conditioning import (
     user_index_map,
 )
 from userdiff.config import JobConfig, UsageError, errors_of
+from userdiff.cuda_graph import GraphedUNet
 from userdiff.parsing import format_ids
 from userdiff.record import identity_hash, make_identity
 from userdiff.sampling import latents_shape
@@ -30,7 +31,8 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class JobModel:
     """The models of a job, on their device and in their precision, and what of them decides the pixels."""
 
-    unet: UNet2DConditionModel
+    unet: UNet2DConditionModel | GraphedUNet
+    """Called as `unet(latents, timestep, encoder_hidden_states, return_dict=False)`."""
     vae: AutoencoderKL
     condition_encoder: UserConditionEncoder
     scheduler: DDIMScheduler
@@ -41,6 +43,8 @@ class JobModel:
     device: torch.device
     compiled: str
     """How; `no` where they are not."""
+    memory_format: torch.memory_format
+    """Of the models' weights and of the latents."""
     identity: dict[str, Any]
     """What decides the pixels, for `run.json`."""
 
@@ -62,6 +66,14 @@ class JobModel:
         return identity_hash(self.identity)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bf16; a CPU without such instructions does, and takes many times as long."""
+    if device.type != "cuda":
+        return True
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def load_model(
     config: JobConfig,
     device: torch.device = _CPU,
@@ -74,6 +86,9 @@ def load_model(
     """
     user_index = _user_index(config)
     _check_precision(precision, device)
+    if compilation:
+        with errors_of("--dynamo_backend"):
+            compilation.check(device)
     with errors_of("--scheduler_path"):
         scheduler = models.ddim_scheduler(models.load_noise_scheduler(config.scheduler_path))
     _check_steps(config.num_inference_steps, scheduler)
@@ -90,14 +105,11 @@ def load_model(
         "noise_schedule": models.config_values(scheduler),
         "user_index": user_index,
     }
-    if not (compilation and compilation.is_regional):  # layers that differ in their slice would not share a graph
-        use_single_token(unet)
-    vae_precision = "no" if precision == "fp16" and vae.config.force_upcast else precision
-    unet, vae = _place(unet, device, precision), _place(vae, device, vae_precision)
-    if compilation:
-        compilation.apply(unet, vae)
+    vae_precision = _vae_precision(vae, device, precision)
+    memory_format = acceleration.memory_format(device, compilation)
+    unet, vae = _place(unet, device, precision, memory_format), _place(vae, device, vae_precision, memory_format)
     return JobModel(
-        unet=unet,
+        unet=acceleration.speed_up(unet, vae, scheduler.config.num_train_timesteps, compilation),
         vae=vae,
         condition_encoder=encoder.to(device),
         scheduler=scheduler,
@@ -105,25 +117,39 @@ def load_model(
         conditioning=trained,
         device=device,
         compiled=str(compilation or "no"),
-        identity=_identity(config, contents, precision, trained),
+        memory_format=memory_format,
+        identity=_identity(config, contents, precision, vae_precision, trained),
     )
 
 
-def _identity(config: JobConfig, contents: dict[str, Any], precision: str, conditioning: str) -> dict[str, Any]:
+def _identity(
+    config: JobConfig, contents: dict[str, Any], precision: str, vae_precision: str, conditioning: str
+) -> dict[str, Any]:
     required = {**contents, "seed": config.seed, "num_inference_steps": config.num_inference_steps}
     options = {
         "eta": float(config.eta),
         "mixed_precision": precision,
+        "vae_precision": "bf16" if (precision, vae_precision) == ("fp16", "bf16") else "default",
         "vae_output_range": config.vae_output_range,
         "conditioning": conditioning,
     }
     return make_identity(required, options)
 
 
-def _place(module: torch.nn.Module, device: torch.device, precision: str) -> Any:
+def _vae_precision(vae: AutoencoderKL, device: torch.device, precision: str) -> str:
+    """Choose the precision of the VAE: many overflow in fp16, and say so in `force_upcast`.
+
+    On a GPU with bf16, which has the range of float32, it is that; float32 would take longer than the UNet.
+    """
+    if precision != "fp16" or not vae.config.force_upcast:
+        return precision
+    return "bf16" if device.type == "cuda" and has_bf16(device) else "no"
+
+
+def _place(module: torch.nn.Module, device: torch.device, precision: str, memory_format: torch.memory_format) -> Any:
     # torch's own `to`: the one diffusers puts over it warns of modules to keep in float32 even where there are none
     to: Any = torch.nn.Module.to
-    return to(module, device, DTYPES[precision], memory_format=torch.channels_last)
+    return to(module, device, DTYPES[precision], memory_format=memory_format)
 
 
 def _user_index(config: JobConfig) -> dict[int, int]:
@@ -161,7 +187,7 @@ def _check_steps(num_inference_steps: int, scheduler: DDIMScheduler) -> None:
 def _check_precision(precision: str, device: torch.device) -> None:
     if precision not in DTYPES:
         raise UsageError(f"--mixed_precision: {precision!r}, asked for by the launcher, is none of {', '.join(DTYPES)}")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if precision == "bf16" and not has_bf16(device):
         raise UsageError(f"--mixed_precision: {torch.cuda.get_device_name(device)} has no bf16, use fp16")
 
 

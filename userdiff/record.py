@@ -22,8 +22,16 @@ LOCK_NAME = ".userdiff.lock"
 WRITERS_NAME = ".userdiff.writers"
 WRITERS_SECONDS = 15.0  # for those of a job that was just killed to go
 LOCK_SECONDS = 1.0  # whoever just looks whether a folder is held has it for an instant
-IDENTITY_DEFAULTS = {"eta": 0.0, "mixed_precision": "no", "vae_output_range": "unit", "conditioning": "trained"}
-"""Of what an identity says only where it is not so."""
+IDENTITY_DEFAULTS = {
+    "eta": 0.0,
+    "mixed_precision": "no",
+    "vae_precision": "default",
+    "vae_output_range": "unit",
+    "conditioning": "trained",
+}
+"""An option at its default is left out of the identity. `vae_precision` is noted where fp16 has the VAE in bf16."""
+NUMERICS_DEFAULTS = {"png_compress_level": 6}
+"""What records say that do not say it."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _BRIEF = 12  # characters of a value in a message
 _LISTED = 3  # changed fields of one mapping, such as that of the users
@@ -97,6 +105,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             yield from differences(before, after, f"{prefix}{name}.")
         elif before != after:
             yield f"{prefix}{name}", before, after
+
+
+def changed_numerics(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Find the numerics in which two runs differ, as (name, old value, new value).
+
+    What one of them does not note, since its device has no such thing or an earlier version did not ask, is no
+    difference.
+    """
+    for name, before, after in differences({**NUMERICS_DEFAULTS, **old}, {**NUMERICS_DEFAULTS, **new}):
+        if before is not None and after is not None:
+            yield name, before, after
 
 
 def _was_and_is(name: str, before: str, after: str) -> str:

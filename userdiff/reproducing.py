@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from userdiff import computing
-from userdiff.config import DEFAULT_BATCH_SIZE, MAX_IMAGES_PER_USER, JobConfig
+from userdiff.config import DEFAULT_BATCH_SIZE, DEFAULT_COMPRESS_LEVEL, MAX_IMAGES_PER_USER, JobConfig
 from userdiff.images import encode_png
 from userdiff.loading import JobModel
 from userdiff.manifest import Recipe
@@ -20,9 +20,9 @@ from userdiff.table import Item
 def make_image(config: JobConfig, model: JobModel, user_id: int, image_index: int) -> bytes:
     """Make one image as the job would: the bytes of its PNG file, text chunks included.
 
-    config, model: `parse_args` of the job's flags, and `load_model` of that. The batch size is the one of the flags,
-    else the one that the folder `--output_dir` began with, else 16; the rest of the batch is padding, so this takes as
-    long as a whole batch. The bytes are the same where what `numerics` in `run.json` notes is the same: on a CPU, call
+    config, model: `parse_args` of the job's flags, and `load_model` of that. Batch size and compression are those of the
+    flags, else those that the folder `--output_dir` began with; the rest of the batch is padding, so this takes as long as
+    a whole batch. The bytes are the same where what `numerics` in `run.json` notes is the same: on a CPU, call
     `torch.set_num_threads` with its `threads_per_process` first.
 
     Raises ValueError for a user the model does not have, an image_index below 0 or above 2^32 - 1, a folder whose images
@@ -34,21 +34,27 @@ def make_image(config: JobConfig, model: JobModel, user_id: int, image_index: in
     if not 0 <= image_index < MAX_IMAGES_PER_USER:
         raise ValueError(f"image_index: {image_index!r} is out of range, needed: 0 to {MAX_IMAGES_PER_USER - 1}")
     item = (int(user_id), int(image_index))  # of a table they may be numpy's
+    batch_size, compress_level = _of_folder(config, model)
     with _job_kernels(config.allow_tf32):
-        batch = computing.start(config, model, _batch_of(item, _batch_size(config, model)))
+        batch = computing.start(config, model, _batch_of(item, batch_size))
         batch.wait()
     ((_, pixels),) = batch.images()
     if pixels is None:
         raise ValueError(f"image {image_index} of user {user_id} is not finite, the job saves none such")
-    return encode_png(pixels, Recipe.of(model.identity, model.run).text_chunks(*item))
+    return encode_png(pixels, Recipe.of(model.identity, model.run).text_chunks(*item), compress_level)
 
 
-def _batch_size(config: JobConfig, model: JobModel) -> int:
+def _of_folder(config: JobConfig, model: JobModel) -> tuple[int, int]:
+    """Return the batch size and the level of compression: the flags', else the folder's, else those of a new one."""
     record = RunRecord.read(config.output_dir)
     if record and record.run != model.run:
         changed = tell_differences(record.identity, model.identity)
         raise ValueError(f"--output_dir: {config.output_dir} holds images made otherwise ({changed})")
-    return int(config.batch_size or (record.numerics["batch_size"] if record else DEFAULT_BATCH_SIZE))
+    numerics = record.numerics if record else {}
+    batch_size = config.batch_size or numerics.get("batch_size", DEFAULT_BATCH_SIZE[model.device.type])
+    if config.png_compress_level is not None:
+        return batch_size, config.png_compress_level
+    return batch_size, numerics.get("png_compress_level", DEFAULT_COMPRESS_LEVEL)
 
 
 def _batch_of(item: Item, batch_size: int) -> list[Item | None]:

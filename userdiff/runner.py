@@ -1,10 +1,15 @@
 """One process's way through a job: load, plan (the main process), compute and write batches, merge. Orchestration."""
 
 import os
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -31,10 +36,10 @@ from userdiff import (
     sharing,
 )
 from userdiff.acceleration import Compilation
-from userdiff.config import DEFAULT_BATCH_SIZE, JobConfig, UsageError, errors_of
+from userdiff.config import DEFAULT_BATCH_SIZE, DEFAULT_COMPRESS_LEVEL, JobConfig, UsageError, errors_of
 from userdiff.coordination import Coordinator
 from userdiff.halting import Halted, Interrupt
-from userdiff.loading import JobModel, load_model
+from userdiff.loading import JobModel, has_bf16, load_model
 from userdiff.planning import PADDING, Plan, make_plan
 from userdiff.record import RunRecord
 from userdiff.table import Item, Table
@@ -57,10 +62,13 @@ def run(config: JobConfig) -> int:
             if not config.dry_run:
                 sharing.look_meanwhile(config.output_dir, coordinator)
             set_kernels(config.allow_tf32)
-            precision = config.mixed_precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
+            too_small = f"the models do not fit into the memory that {device} has free"
             try:
-                with interrupt.abandonable():
-                    model = load_model(config, device, precision, compilation())
+                with computing.gpu_errors(too_small):
+                    _look_at_gpus(config, device, coordinator)
+                    precision = _precision(config, device, coordinator)
+                    with interrupt.abandonable():
+                        model = load_model(config, device, precision, compilation())
                 return run_process(config, model, coordinator)
             except OSError as error:
                 raise folder.disk_failure(error) from error
@@ -91,6 +99,31 @@ def compilation() -> Compilation | None:
         return Compilation(options=dynamo.to_kwargs(), is_regional=dynamo.use_regional_compilation)
 
 
+def _precision(config: JobConfig, device: torch.device, coordinator: Coordinator) -> str:
+    """Choose the precision: the flag's, else the launcher's, whose bf16 is fp16 on a GPU that has none."""
+    if config.mixed_precision:
+        return config.mixed_precision
+    precision: str = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "bf16" and not has_bf16(device):
+        if coordinator.is_main_process:
+            console.note_precision(torch.cuda.get_device_name(device))
+        return "fp16"
+    return precision
+
+
+def _look_at_gpus(config: JobConfig, device: torch.device, coordinator: Coordinator) -> None:
+    """Warn, once a machine, where its processes share a GPU, or should have GPUs and have none."""
+    num_processes, warns_here = launcher.num_local_processes(), f"gpus {coordinator.machine}"
+    if device.type == "cuda":
+        name = f"gpu {coordinator.machine} {torch.cuda.get_device_properties(device).uuid}"
+        if not coordinator.is_first(name) and coordinator.is_first(warns_here):
+            console.warn_of_shared_gpus(num_processes, torch.cuda.device_count())
+    elif config.device == "auto" and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        num_present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+        if (num_present or launcher.wants_gpus()) and coordinator.is_first(warns_here):
+            console.warn_of_missing_gpus(num_processes, num_present)
+
+
 def set_kernels(allow_tf32: bool) -> None:
     """Fix what may choose between kernels: nothing is chosen by timing, and TF32 only where it was asked for."""
     torch.backends.cudnn.benchmark = False
@@ -109,11 +142,13 @@ def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
     run_hash, numerics, packed = coordinator.receive_plan()
     if run_hash != model.run:
         raise UsageError(
-            f"process {coordinator.process_index} has other models or other flags than the main process; every machine "
-            "needs the same files and the same command"
+            f"process {coordinator.process_index} has other models or other flags than the main process, or another "
+            "precision; every machine needs the same files, the same command and, where that is bf16 or fp16, GPUs that all have "
+            "bf16 or all have not"
         )
     plan = Plan.from_bytes(packed)
-    for name, there, here in record.differences(numerics, _numerics(config, model, plan.batch_size)):
+    config = replace(config, batch_size=numerics["batch_size"], png_compress_level=numerics["png_compress_level"])
+    for name, there, here in record.changed_numerics(numerics, _numerics(config, model, numerics)):
         if coordinator.is_first(f"{name} {here}"):
             console.warn_of_mixture(name, coordinator.name, here, there)
     make_images(config, model, plan, coordinator, on_step=coordinator.check)
@@ -143,8 +178,7 @@ def _survey(
         with coordinator.interrupt.abandonable():
             sha256 = old_record.manifest_sha256 if old_record else None
             found = manifest.find_finished(config.output_dir, recipe, sha256, track=progress.show_reading)
-    begun_with = old_record.numerics["batch_size"] if old_record else DEFAULT_BATCH_SIZE
-    numerics = _numerics(config, model, config.batch_size or begun_with)
+    numerics = _numerics(config, model, old_record.numerics if old_record else {})
     wanted = _wanted(config, model)
     done = found.rows.image_indices()
     plan = make_plan(wanted, config.num_images_per_user, numerics["batch_size"], done)
@@ -161,6 +195,7 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
     wanted = _wanted(config, model)
     with folder.open_folder(config, model.identity, wanted, coordinator) as old_record:
         found, plan, run_record, numerics = _survey(config, model, coordinator, old_record)
+        config = replace(config, png_compress_level=numerics["png_compress_level"])
         images.remove_temporaries(config.output_dir)
         with errors_of("--output_dir"):
             for user_id in plan.user_ids:
@@ -199,9 +234,16 @@ def _finished(
     return rows, flat
 
 
-def _numerics(config: JobConfig, model: JobModel, batch_size: int) -> dict[str, Any]:
-    return {
-        "batch_size": batch_size,
+def _numerics(config: JobConfig, model: JobModel, old: Mapping[str, Any]) -> dict[str, Any]:
+    """Note what may change last bits: on a CPU its threads, on a GPU the libraries that choose its kernels.
+
+    old: the numerics that a folder began with, or that the main process has; they hold where the flags say nothing.
+    """
+    compress_level = config.png_compress_level
+    if compress_level is None:
+        compress_level = old.get("png_compress_level", DEFAULT_COMPRESS_LEVEL)
+    numerics = {
+        "batch_size": config.batch_size or old.get("batch_size", DEFAULT_BATCH_SIZE[model.device.type]),
         "device": model.device_name,
         "compiled": model.compiled,
         "threads_per_process": torch.get_num_threads(),
@@ -209,7 +251,25 @@ def _numerics(config: JobConfig, model: JobModel, batch_size: int) -> dict[str, 
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "pillow": PIL.__version__,
+        "png_compress_level": compress_level,
     }
+    if compress_level <= images.MAX_FAST_LEVEL:
+        numerics["zlib"] = zlib.ZLIB_RUNTIME_VERSION
+    if model.device.type == "cuda":
+        del numerics["threads_per_process"]
+        versions = {"cuda": torch.version.cuda, "hip": torch.version.hip, "cudnn": torch.backends.cudnn.version()}
+        if model.compiled != "no":
+            versions["triton"] = _triton_version()
+        numerics |= {name: value for name, value in versions.items() if value is not None}
+    return numerics
+
+
+def _triton_version() -> str | None:
+    """Find the version of Triton, which is called otherwise where it is made for ROCm or comes with a nightly torch."""
+    for package in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        with suppress(PackageNotFoundError):
+            return version(package)
+    return None
 
 
 # Computing and writing -----------------------------------------------------------------------------------------------
@@ -229,24 +289,36 @@ def make_images(
     it raises ends the loop, and so does a signal, at any instant of the computing.
     """
     recipe = manifest.Recipe.of(model.identity, model.run)
+    compress_level = DEFAULT_COMPRESS_LEVEL if config.png_compress_level is None else config.png_compress_level
     part = manifest.PartWriter(manifest.part_path(config.output_dir, coordinator.process_index))
     pool = images.WriterPool(WRITER_THREADS, PENDING_BATCHES * plan.batch_size)
     with record.writing(config.output_dir), part, pool as writers:
 
         def save(item: Item, pixels: NDArray[np.uint8]) -> None:
-            png = images.encode_png(pixels, recipe.text_chunks(*item))
+            png = images.encode_png(pixels, recipe.text_chunks(*item), compress_level)
             images.publish(config.output_dir / images.file_name(*item), png)
             part.append(recipe.row(*item, size=(pixels.shape[1], pixels.shape[0]), png=png))
             coordinator.count_published(1, num_bytes=len(png))
 
+        is_first = True
         for number, batch in _batches(config, model, plan, coordinator, on_step):
             if number == 0 and batch.contradicts_range:
                 console.warn_of_range(config.vae_output_range)
+            if is_first:
+                _look_at_memory(model, plan, coordinator)
+                is_first = False
             for item, pixels in batch.images():
                 if pixels is None:
                     coordinator.report_failed(*item)
                 else:
                     writers.submit(partial(save, item, pixels))
+
+
+def _look_at_memory(model: JobModel, plan: Plan, coordinator: Coordinator) -> None:
+    """Warn, of the first GPU on which that is so, where a batch leaves too little memory."""
+    free = computing.free_memory(model.device)
+    if free is not None and free < computing.HEADROOM and coordinator.is_first("memory"):
+        console.warn_of_memory(coordinator.name, plan.batch_size, free, computing.HEADROOM)
 
 
 def _batches(

@@ -1,0 +1,487 @@
+"""What a job decides because of GPUs, as far as it can be known without one: a card is played where one is needed."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._inductor.exc import InductorError
+from torch.distributed import HashStore
+
+from tests.checkpoints import model_flags
+from tests.jobs import play_processes, run_job, tree
+from userdiff import acceleration, computing, config, loading, runner, sampling
+from userdiff.acceleration import Compilation
+from userdiff.config import UsageError, parse_args
+from userdiff.coordination import Coordinator
+from userdiff.halting import Failed
+from userdiff.loading import load_model
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+INDUCTOR = Compilation(options={"backend": "inductor"})
+
+
+@pytest.fixture
+def flags(checkpoint):
+    return [*model_flags(checkpoint), "--num_inference_steps", "1", "--num_images_per_user", "2"]
+
+
+@pytest.fixture
+def job(flags, tmp_path):
+    return [*flags, "--device", "cpu", "--output_dir", str(tmp_path / "out")]
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A machine with GPUs of a kind, as torch tells of it."""
+
+    def play(number=1, *, has_bf16=True, free=2**40):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, 2**40))
+        monkeypatch.setattr(torch.cuda, "device", lambda device: memoryview(b""))  # any context will do
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+
+    return play
+
+
+@pytest.fixture
+def alone():
+    with Coordinator(HashStore, 0, 1) as coordinator:
+        yield coordinator
+
+
+# Precision -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "launcher", "has_bf16", "precision"),
+    [
+        (None, "bf16", True, "bf16"),
+        (None, "bf16", False, "fp16"),
+        (None, "no", False, "no"),
+        (None, "fp16", True, "fp16"),
+        ("no", "bf16", False, "no"),
+        ("fp16", "bf16", True, "fp16"),
+        ("bf16", "no", True, "bf16"),
+    ],
+)
+def test_the_launchers_bf16_is_fp16_on_a_card_without(
+    flags, card, alone, monkeypatch, capsys, flag, launcher, has_bf16, precision
+):
+    card(has_bf16=has_bf16)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    asked = parse_args([*flags, *(["--mixed_precision", flag] if flag else [])])
+    assert runner._precision(asked, GPU, alone) == precision
+    said = capsys.readouterr().out
+    assert ("Tesla T4" in said and "fp16" in said) == (launcher == "bf16" and not has_bf16 and flag is None)
+
+
+def test_bf16_that_was_asked_for_is_refused_where_there_is_none(card):
+    card(has_bf16=False)
+    with pytest.raises(UsageError, match=r"^--mixed_precision: Tesla T4 has no bf16, use fp16$"):
+        loading._check_precision("bf16", GPU)
+    loading._check_precision("bf16", CPU)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "has_bf16", "force_upcast", "expected"),
+    [
+        ("fp16", GPU, True, True, "bf16"),
+        ("fp16", GPU, False, True, "no"),
+        ("fp16", CPU, True, True, "no"),
+        ("fp16", GPU, True, False, "fp16"),
+        ("bf16", GPU, True, True, "bf16"),
+        ("no", GPU, True, True, "no"),
+    ],
+)
+def test_the_vae_is_kept_from_overflow(flags, card, precision, device, has_bf16, force_upcast, expected):
+    card(has_bf16=has_bf16)
+    vae = load_model(parse_args(flags)).vae
+    vae.register_to_config(force_upcast=force_upcast)
+    assert loading._vae_precision(vae, device, precision) == expected
+
+
+def test_the_identity_names_a_vae_in_bf16_and_no_other(flags):
+    asked = parse_args(flags)
+
+    def identity(precision, vae_precision):
+        return loading._identity(asked, {}, precision, vae_precision, "trained")
+
+    assert identity("fp16", "bf16")["vae_precision"] == "bf16"
+    for precision, vae_precision in [("no", "no"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp16", "no")]:
+        assert "vae_precision" not in identity(precision, vae_precision)
+
+
+# Sizes and layouts ---------------------------------------------------------------------------------------------------
+
+
+def test_a_new_folder_has_batches_of_its_devices_size_and_an_old_one_keeps_its_own(job, tmp_path, monkeypatch):
+    assert config.DEFAULT_BATCH_SIZE == {"cpu": 16, "cuda": 64}
+    asked = parse_args(job)
+    model = load_model(asked)
+    seen = []
+    monkeypatch.setattr(runner, "make_images", lambda config, model, plan, *_, **__: seen.append(plan.batch_size))
+    for device, folder in ((CPU, "cpu"), (GPU, "gpu"), (CPU, "gpu")):
+        with Coordinator(HashStore, 0, 1) as coordinator:
+            monkeypatch.setattr(loading.JobModel, "device_name", "a card")
+            runner.run_process(replace(asked, output_dir=tmp_path / folder), replace(model, device=device), coordinator)
+    assert seen == [16, 64, 64]
+
+
+@pytest.mark.parametrize(
+    ("num_images", "parts"), [(64, [16] * 4), (16, [16]), (24, [12] * 2), (7, [7]), (17, [1] * 17)]
+)
+def test_a_gpu_decodes_sixteen_at_once(num_images, parts):
+    with torch.device("meta"):
+        decoded = []
+        vae = torch.nn.Linear(1, 1)
+        vae.config = type("Config", (), {"scaling_factor": 1.0})
+        vae.decode = lambda part, return_dict: (decoded.append(len(part)), (part,))[1]
+    latents = torch.zeros(num_images, 4, 2, 2)
+    sampling.decode(vae, OnGpu(latents))
+    assert decoded == parts
+    decoded.clear()
+    sampling.decode(vae, latents)
+    assert max(decoded) <= 4
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = GPU
+
+
+def test_channels_lie_side_by_side_only_where_that_pays():
+    regional = replace(INDUCTOR, is_regional=True)
+    assert acceleration.memory_format(CPU, None) is torch.channels_last
+    assert acceleration.memory_format(CPU, INDUCTOR) is torch.channels_last
+    assert acceleration.memory_format(GPU, INDUCTOR) is torch.channels_last
+    assert acceleration.memory_format(GPU, None) is torch.contiguous_format
+    assert acceleration.memory_format(GPU, regional) is torch.contiguous_format
+
+
+# Kernels -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["2.6.0", "2.9.1+cu128"])
+def test_kernels_that_an_old_torch_would_time_are_refused(flags, card, monkeypatch, version):
+    card()
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(UsageError, match=rf"^--dynamo_backend: torch {version[:5]}.* needed: torch 2.10 or later"):
+        load_model(parse_args(flags), GPU, "no", INDUCTOR)
+    INDUCTOR.check(CPU)
+
+
+def test_recording_passes_is_no_compiler(flags):
+    """A job does it in any case; inside a recording, Inductor's would fail."""
+    backend = Compilation(options={"backend": "cudagraphs"})
+    with pytest.raises(UsageError, match=r"^--dynamo_backend: cudagraphs compiles nothing .* needed: inductor or no$"):
+        load_model(parse_args(flags), GPU, "no", backend)
+
+
+@pytest.mark.parametrize("version", ["2.10.0+cu130", "2.13.0", "3.0.0a0"])
+def test_later_ones_are_not(monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    INDUCTOR.check(GPU)
+
+
+def test_numerics_note_what_chooses_the_kernels(job, card, monkeypatch):
+    asked = parse_args(job)
+    model = load_model(asked)
+    on_cpu = runner._numerics(asked, model, {})
+    assert on_cpu["threads_per_process"] == torch.get_num_threads()
+    assert not {"cuda", "cudnn", "triton", "zlib"} & set(on_cpu)
+    card()
+    monkeypatch.setattr(runner, "version", lambda package: f"{package} 3.6.0")
+    on_gpu = runner._numerics(asked, replace(model, device=GPU), {})
+    assert on_gpu == {
+        **{name: value for name, value in on_cpu.items() if name != "threads_per_process"},
+        "batch_size": 64,
+        "device": "Tesla T4",
+        "cuda": "13.0",
+        "cudnn": 91900,
+    }
+    assert runner._numerics(asked, replace(model, device=GPU, compiled="inductor"), {})["triton"] == "triton 3.6.0"
+
+
+def test_a_folder_begun_by_an_earlier_version_does_not_warn_of_what_it_could_not_note(job, tmp_path, capsys):
+    assert run_job(*job) == 0
+    path = tmp_path / "out" / "run.json"
+    record = json.loads(path.read_text())
+    del record["numerics"]["png_compress_level"]
+    record["numerics"] |= {"cudnn": 1}  # of a device that this one is not
+    path.write_text(json.dumps(record))
+    assert run_job(*job, "--num_images_per_user", 3) == 0
+    assert "when this folder was begun" not in capsys.readouterr().err
+    assert run_job(*job, "--num_images_per_user", 4, "--png_compress_level", 1) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "when this folder was begun" in line]
+    assert "png_compress_level was 6" in line
+    assert "--png_compress_level 6 keeps it" in line
+
+
+# Processes and cards -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uuids", "num_visible", "warns"),
+    [
+        ("aaa", 1, True),
+        ("ababab", 2, True),
+        ("ab", 2, False),
+        ("a", 8, False),
+        ("abcdefgh", 1, False),  # a wrapper shows each process its own
+    ],
+)
+def test_processes_that_share_a_card_are_told_of(flags, card, monkeypatch, capsys, uuids, num_visible, warns):
+    card(num_visible)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(len(uuids)))
+    store = HashStore()
+    for process_index, uuid in enumerate(uuids):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, uuid=uuid: SimpleNamespace(uuid=uuid))
+        with Coordinator(lambda: store, process_index, len(uuids)) as coordinator:
+            runner._look_at_gpus(parse_args(flags), GPU, coordinator)
+    said = capsys.readouterr().err
+    assert said.count("Warning") == warns
+    if warns:
+        assert f"{len(uuids)} processes" in said
+        assert f"{num_visible} GPU" in said
+        assert f"--num_processes {num_visible}" in said
+
+
+@pytest.mark.parametrize(
+    ("in_dev", "environment", "device", "warns"),
+    [
+        (1, {}, "auto", True),  # a broken driver, or a build of torch without CUDA
+        (2, {"ACCELERATE_USE_CPU": "true"}, "auto", False),
+        (2, {}, "cpu", False),
+        (0, {}, "auto", False),
+        (0, {"ACCELERATE_USE_CPU": "False", "LOCAL_WORLD_SIZE": "8"}, "auto", True),  # multi_gpu.yaml, no GPU
+        (0, {"ACCELERATE_USE_CPU": "False"}, "auto", True),  # single_gpu.yaml, no GPU
+        (0, {"ACCELERATE_USE_CPU": "True", "LOCAL_WORLD_SIZE": "8"}, "auto", False),  # cpu.yaml
+    ],
+)
+def test_a_job_for_gpus_that_runs_on_the_cpu_says_so(
+    flags, card, alone, monkeypatch, capsys, in_dev, environment, device, warns
+):
+    card(0)
+    glob = Path.glob
+    nodes = [Path(f"/dev/nvidia{number}") for number in range(in_dev)]
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: iter(nodes) if str(path) == "/dev" else glob(path, pattern))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    runner._look_at_gpus(parse_args([*flags, "--device", device]), CPU, alone)
+    said = capsys.readouterr().err
+    assert ("torch finds no GPU" in said) == warns
+    if warns:
+        assert f"({in_dev} " in said
+        assert f"{os.environ.get('LOCAL_WORLD_SIZE', '1')} process" in said
+
+
+# Memory and failures -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Let batches above a size fail; those below leave so many bytes free."""
+    start = computing._start
+
+    def limit(largest, error, free_bytes=lambda size: 2**40):
+        last = []
+
+        def limited(config, model, items, *args):
+            last[:] = [len(items)]
+            if len(items) > largest:
+                raise error
+            return start(config, model, items, *args)
+
+        monkeypatch.setattr(computing, "_start", limited)
+        monkeypatch.setattr(computing, "free_memory", lambda device: free_bytes(*last))
+
+    return limit
+
+
+def recorded():
+    """What torch makes of a lack of memory while a CUDA graph is recorded."""
+    error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    error.__context__ = torch.OutOfMemoryError("CUDA out of memory.")
+    return error
+
+
+def error_line(capsys):
+    """The one line of a job that failed; beside it, a progress bar."""
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    return line
+
+
+TOO_SMALL = {
+    "torch's": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "the CUDA runtime's": RuntimeError(
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
+    ),
+    "cuBLAS's": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cuDNN's": RuntimeError("GET was unable to find an engine to execute this computation"),
+    "cuDNN's own": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "the driver's": RuntimeError("CUDA driver error: out of memory"),
+    "HIP's": RuntimeError("HIP error: out of memory"),
+    "Triton's": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "a compiler's": InductorError(torch.OutOfMemoryError("CUDA out of memory."), None),
+    "a recording's": recorded(),
+}
+
+
+@pytest.mark.parametrize("error", TOO_SMALL.values(), ids=TOO_SMALL)
+def test_every_lack_of_memory_ends_in_a_size_that_does(job, memory, capsys, error):
+    memory(5, error)
+    assert run_job(*job, "--batch_size", 32) == 1
+    line = error_line(capsys)
+    assert line.startswith("batch_generate.py: error: --batch_size: 32 images at a time do not fit into the memory of ")
+    assert ", --batch_size 4 would do; 0 of 10 images" in line
+
+
+def test_the_size_that_does_leaves_headroom(job, memory, capsys):
+    """With less, cuDNN silently takes another engine where its workspace does not fit."""
+    memory(20, TOO_SMALL["torch's"], lambda size: computing.HEADROOM if size <= 4 else computing.HEADROOM - 1)
+    assert run_job(*job, "--batch_size", 32) == 1
+    assert ", --batch_size 4 would do; " in capsys.readouterr().err
+
+
+def test_one_image_needs_none(job, memory, capsys):
+    memory(20, TOO_SMALL["torch's"], lambda size: 0)
+    assert run_job(*job, "--batch_size", 32) == 1
+    assert ", --batch_size 1 would do; " in capsys.readouterr().err
+
+
+def test_a_card_that_is_nearly_full_is_told_of_once(job, tmp_path, monkeypatch, capsys):
+    assert run_job(*job, "--output_dir", tmp_path / "roomy") == 0
+    assert "memory free" not in capsys.readouterr().err
+    monkeypatch.setattr(computing, "free_memory", lambda device: computing.HEADROOM // 2)
+    assert run_job(*job, "--batch_size", 3) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "memory free" in line]
+    assert "batches of 3 leave 537MB" in line
+    assert "smaller --batch_size" in line
+    assert len(tree(tmp_path / "out")) == 11
+
+
+def test_what_no_size_helps_against_is_said_in_its_own_words(job, memory, capsys):
+    """cuDNN has no engine for other reasons, too."""
+    memory(0, TOO_SMALL["cuDNN's"])
+    assert run_job(*job, "--batch_size", 2) == 1
+    assert "nor does one alone (GET was unable to find an engine to execute this computation); " in error_line(capsys)
+
+
+def test_models_that_do_not_fit_are_one_line(job, monkeypatch, capsys):
+    def load_model(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr(runner, "load_model", load_model)
+    assert run_job(*job) == 1
+    line = error_line(capsys)
+    assert line.startswith(
+        "batch_generate.py: error: --device: the models do not fit into the memory that cpu has free (CUDA "
+    )
+
+
+BROKEN = {
+    "in use": RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore"),
+    "the driver": RuntimeError("CUDA driver error: unknown error"),
+    "Triton": RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    "launched": RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be"),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+}
+
+
+@pytest.mark.parametrize("error", BROKEN.values(), ids=BROKEN)
+def test_a_card_that_fails_is_one_line(job, memory, capsys, error):
+    memory(0, error)
+    assert run_job(*job) == 1
+    line = error_line(capsys)
+    assert line.startswith(
+        f"batch_generate.py: error: --device: the GPU failed ({str(error).splitlines()[0]}); 0 of 10"
+    )
+
+
+def test_a_card_that_fails_later_is_too(job, monkeypatch, capsys):
+    """Kernels run while the host is elsewhere: it hears of their failure when it asks for the images."""
+
+    class Event:
+        def query(self):
+            raise RuntimeError("CUDA error: unspecified launch failure\nmore")
+
+    start = computing._start
+    monkeypatch.setattr(computing, "_start", lambda *args: replace(start(*args), arrival=Event()))
+    assert run_job(*job, "--batch_size", 2) == 1
+    line = error_line(capsys)
+    assert line.startswith(
+        "batch_generate.py: error: --device: the GPU failed (CUDA error: unspecified launch failure); "
+    )
+
+
+def test_a_fault_of_ours_is_not_taken_for_the_cards(job, memory):
+    memory(0, RuntimeError("shape '[2, 3]' is invalid for input of size 5"))
+    with pytest.raises(RuntimeError, match="is invalid for input"):
+        run_job(*job)
+
+
+# Encoding ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fast_level_makes_the_same_pixels_and_is_noted(job, tmp_path):
+    from PIL import Image
+
+    from userdiff import make_image
+    from userdiff.cli import main
+
+    fast = [*job, "--png_compress_level", "1", "--output_dir", str(tmp_path / "fast")]
+    assert run_job(*job) == run_job(*fast) == 0
+    for path in (tmp_path / "out").glob("user_*/*.png"):
+        twin = tmp_path / "fast" / path.relative_to(tmp_path / "out")
+        assert Image.open(path).tobytes() == Image.open(twin).tobytes()
+        assert Image.open(path).text == Image.open(twin).text
+    numerics = json.loads((tmp_path / "fast" / "run.json").read_text())["numerics"]
+    assert numerics["png_compress_level"] == 1
+    assert numerics["zlib"]
+    assert main(["verify", str(tmp_path / "fast"), "--deep"]) == 0
+    asked = parse_args(fast)
+    image = (tmp_path / "fast" / "user_02" / "generated_001.png").read_bytes()
+    assert make_image(asked, load_model(asked), 2, 1) == image
+    asked = replace(asked, png_compress_level=None)  # as the folder began
+    assert make_image(asked, load_model(asked), 2, 1) == image
+    asked = replace(asked, png_compress_level=6)
+    assert (
+        make_image(asked, load_model(asked), 2, 1) == (tmp_path / "out" / "user_02" / "generated_001.png").read_bytes()
+    )
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_folder_goes_on_with_the_level_it_began_with(job, tmp_path, num_processes, capsys):
+    assert run_job(*job, "--png_compress_level", "1") == 0
+    expected = [
+        *job,
+        "--png_compress_level",
+        "1",
+        "--num_images_per_user",
+        "4",
+        "--output_dir",
+        str(tmp_path / "expected"),
+    ]
+    assert run_job(*expected) == 0
+    assert play_processes(num_processes, *job, "--num_images_per_user", "4") == [0] * num_processes
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+    assert "png_compress_level" not in capsys.readouterr().err
+
+
+def test_failed_is_what_a_gpu_error_becomes():
+    with pytest.raises(Failed) as raised, computing.gpu_errors():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    assert raised.value.exit_status == 1
+    assert isinstance(raised.value.__cause__, RuntimeError)
