@@ -1,9 +1,9 @@
-"""The job and what it is compared with, each in a process of its own that computes a batch whenever it is told to.
+"""The job and what it is compared with, each in a process of its own that works for a while whenever it is told to.
 
-    echo batch | python -m benchmarks.contenders original CHECKPOINT OUTPUT
+    echo work 20 | python -m benchmarks.contenders original CHECKPOINT OUTPUT
 
-So that several can take turns without being loaded again. Every line on stdin is answered with one on stdout: "batch",
-"floor", or "wait" for what a GPU still has to do.
+So that several can take turns without being loaded again. `work SECONDS` begins batches for so long, one at least, and
+is answered when every image of them is published; `floor SECONDS` runs the job's bare passes instead.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,13 +23,26 @@ from benchmarks.checkpoint import EMBED_DIM, LATENTS, NUM_USERS, model_flags
 from userdiff import UserConditionEncoder, models, runner
 from userdiff.acceleration import token_vectors
 from userdiff.conditioning import load_condition_encoder
-from userdiff.config import parse_args
+from userdiff.config import DEFAULT_COMPRESS_LEVEL, parse_args
 from userdiff.coordination import Coordinator
 from userdiff.loading import DTYPES, load_model
 from userdiff.planning import make_plan
 from userdiff.sampling import DECODED_AT_ONCE
 
-_MOST_BATCHES = 1000
+_MOST_BATCHES = 10000
+
+Commands = dict[str, Callable[[float], int]]
+"""What can be asked for, each given a deadline: makes batches until then, one at least, and gives the number of images."""
+
+
+def until(deadline: float, batch: Callable[[], int]) -> int:
+    """Repeat a batch, once at least; gives the number of images."""
+    number = batch()
+    while time.monotonic() < deadline:
+        number += batch()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return number
 
 
 def _load(
@@ -42,27 +55,30 @@ def _load(
     return unet, vae, encoder, models.ddim_scheduler(models.load_noise_scheduler(None))
 
 
-def original(args: argparse.Namespace) -> None:
+def original(args: argparse.Namespace) -> Commands:
     """Run the loop most projects begin with: an image at a time, in float32, saved before the next one starts."""
     unet, vae, encoder, scheduler = _load(args, torch.float32)
 
     @torch.no_grad()
-    def one(number: int) -> None:
-        condition = encoder(torch.tensor([number % NUM_USERS], device=args.device)).unsqueeze(1)
+    def one() -> int:
+        condition = encoder(torch.tensor([0], device=args.device)).unsqueeze(1)
         latents = torch.randn(1, 4, LATENTS, LATENTS, device=args.device)
         scheduler.set_timesteps(args.num_inference_steps)
         for timestep in scheduler.timesteps:
             latents = scheduler.step(unet(latents, timestep, condition).sample, timestep, latents).prev_sample
         image = vae.decode(latents / vae.config.scaling_factor).sample.clamp(0, 1)[0]
         pixels = (image.permute(1, 2, 0).cpu().numpy() * 255).astype("uint8")
-        Image.fromarray(pixels).save(args.output / f"generated_{number:03d}.png")
+        Image.fromarray(pixels).save(args.output / "generated.png")
+        return 1
 
-    for number, _ in enumerate(commands()):
-        one(number)
+    return {"work": lambda deadline: until(deadline, one)}
 
 
-def pipeline(args: argparse.Namespace) -> None:
-    """Run what a user would pick instead: `StableDiffusionPipeline` with `prompt_embeds`, in batches, saving PNGs."""
+def pipeline(args: argparse.Namespace) -> Commands:
+    """Run what a user would pick instead: `StableDiffusionPipeline` with `prompt_embeds`, in batches, saving PNGs.
+
+    `unsaved` leaves out the saving; the images are on the host all the same.
+    """
     unet, vae, encoder, scheduler = _load(args, DTYPES[args.mixed_precision])
     pipe = StableDiffusionPipeline(
         vae=vae,
@@ -76,83 +92,91 @@ def pipeline(args: argparse.Namespace) -> None:
     )
     pipe.set_progress_bar_config(disable=True)
 
-    def batch(number: int) -> None:
+    def batch() -> list[Image.Image]:
         users = torch.arange(args.batch_size, device=args.device) % NUM_USERS
         with torch.no_grad():
             prompt_embeds = encoder(users).unsqueeze(1).to(unet.dtype)
-        images = pipe(
+        images: list[Image.Image] = pipe(
             prompt_embeds=prompt_embeds,
             guidance_scale=1.0,
             num_inference_steps=args.num_inference_steps,
             height=4 * LATENTS,
             width=4 * LATENTS,
         ).images
+        return images
+
+    def saved() -> int:
+        images = batch()
         for row, image in enumerate(images):
-            image.save(args.output / f"generated_{number}_{row}.png")
+            image.save(args.output / f"generated_{row}.png")
+        return len(images)
 
-    for number, _ in enumerate(commands()):
-        batch(number)
+    return {
+        "work": lambda deadline: until(deadline, saved),
+        "unsaved": lambda deadline: until(deadline, lambda: len(batch())),
+    }
 
 
-def job(args: argparse.Namespace) -> None:
+def job(args: argparse.Namespace) -> Commands:
     """Run the loop of one of the job's processes; for "floor", exactly its UNet and VAE calls, on the same models."""
     flags = [*model_flags(args.checkpoint), "--output_dir", str(args.output), "--batch_size", str(args.batch_size)]
+    flags += ["--png_compress_level", str(args.png_compress_level)]
     config = parse_args([*flags, "--num_inference_steps", str(args.num_inference_steps)])
     runner.set_kernels(allow_tf32=False)
     model = load_model(config, torch.device(args.device), args.mixed_precision, runner.compilation())
-    size, at_once = args.batch_size, min(DECODED_AT_ONCE, args.batch_size)
+    size = args.batch_size
+    at_once = min(DECODED_AT_ONCE[args.device], size)
     users = torch.arange(size, device=args.device) % NUM_USERS
-
-    @torch.inference_mode()
-    def floor() -> None:
-        noise = torch.randn(size, 4, LATENTS, LATENTS, device=args.device).contiguous(memory_format=torch.channels_last)
-        timesteps = 1000 - torch.arange(args.num_inference_steps, device=args.device)
-        vectors = token_vectors(model.unet, model.condition_encoder(users).unsqueeze(1))
-        for timestep in timesteps:
-            model.unet(noise.to(model.unet.dtype), timestep, vectors, return_dict=False)
-        for part in noise.to(model.vae.dtype).split(at_once):
-            model.vae.decode(part, return_dict=False)
-
+    dtypes = [next(module.parameters()).dtype for module in (model.unet, model.vae)]
     plan = make_plan((1,), size * _MOST_BATCHES, size)
     (args.output / "user_01").mkdir(exist_ok=True)
-    with _OnCommand(floor) as coordinator:
-        runner.make_images(config, model, plan, coordinator, on_step=coordinator.check)
+
+    @torch.inference_mode()
+    def passes() -> int:
+        noise = torch.randn(size, 4, LATENTS, LATENTS, device=args.device).contiguous(memory_format=model.memory_format)
+        timesteps = 999 - torch.arange(args.num_inference_steps, device=args.device)
+        vectors = token_vectors(model.unet, model.condition_encoder(users).unsqueeze(1)).to(dtypes[0])
+        for timestep in timesteps:
+            model.unet(noise.to(dtypes[0]), timestep, vectors, return_dict=False)
+        for part in noise.to(dtypes[1]).split(at_once):
+            model.vae.decode(part, return_dict=False)
+        return size
+
+    def work(deadline: float) -> int:
+        with _Until(deadline) as coordinator:
+            runner.make_images(config, model, plan, coordinator, on_step=coordinator.check)
+            return coordinator.published()[0]
+
+    return {"work": work, "floor": lambda deadline: until(deadline, passes)}
 
 
-class _OnCommand(Coordinator):
-    """Hands out a batch whenever one is asked for."""
+class _Until(Coordinator):
+    """Hands out batches until a deadline, one at least."""
 
-    def __init__(self, floor: Callable[[], None]) -> None:
+    def __init__(self, deadline: float) -> None:
         super().__init__(HashStore, process_index=0, num_processes=1)
-        self._floor = floor
-        self._commands = commands()
-        self._numbers = iter(range(_MOST_BATCHES))
+        self._deadline = deadline
 
     def next_batch(self) -> int:
-        """Give the next one when the last is made; in between, run the floor as often as it is asked for."""
-        for command in self._commands:
-            if command == "batch":
-                return next(self._numbers)
-            self._floor()
-        return _MOST_BATCHES
+        """Give the next one."""
+        number = super().next_batch()
+        return number if number == 0 or time.monotonic() < self._deadline else _MOST_BATCHES
 
 
 CONTENDERS = {"original": original, "pipeline": pipeline, "job": job}
 
 
-def commands() -> Iterator[str]:
-    """Give what is asked for on stdin; print how long it took, and the peak memory, when the next is wanted."""
-    for command in sys.stdin:
-        started = time.perf_counter()
-        if command.strip() != "wait":
-            yield command.strip()
-        elif torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+def serve(commands: Commands) -> None:
+    """Do what is asked for on stdin, and print how many images it made, how long it took, and the peak memory."""
+    for line in sys.stdin:
+        command, seconds = line.split()
+        started = time.monotonic()
+        num_images = commands[command](started + float(seconds))
+        took = time.monotonic() - started
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if torch.cuda.is_initialized():
-            peak_mib = torch.cuda.max_memory_allocated() / 2**20
-        print(json.dumps({"seconds": seconds, "peak_mib": peak_mib}), flush=True)
+            peak_mib = torch.cuda.max_memory_reserved() / 2**20
+        print(json.dumps({"num_images": num_images, "seconds": took, "peak_mib": peak_mib}), flush=True)
 
 
 def main() -> None:
@@ -164,10 +188,11 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--mixed_precision", default="no")
+    parser.add_argument("--png_compress_level", type=int, default=DEFAULT_COMPRESS_LEVEL)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    CONTENDERS[args.contender](args)
+    serve(CONTENDERS[args.contender](args))
 
 
 if __name__ == "__main__":

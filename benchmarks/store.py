@@ -33,6 +33,7 @@ MODEL = SimpleNamespace(
     identity={"seed": 42, "num_inference_steps": 20, "conditioning": "trained"},
     run="0" * 64,
     device=torch.device("cpu"),
+    compiled="no",
 )
 
 

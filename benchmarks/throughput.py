@@ -51,29 +51,28 @@ class Contender:
     """Processes that share the cores, each with its models loaded."""
 
     name: str
-    batch_size: int
     processes: Sequence[subprocess.Popen[str]]
 
     def compute(
-        self, command: str = "batch", num_processes: int | None = None, num_batches: int = 1
+        self, command: str = "work", num_processes: int | None = None, seconds: float = 0
     ) -> tuple[float, float]:
-        """Have batches computed by each of so many processes at once: (images per second, peak MiB of the largest)."""
-        self.begin(command, num_processes, num_batches)
-        return self.end(num_processes, num_batches)
+        """Have each of so many processes at once make a batch, or batches for so long: (images/s, peak MiB of the largest).
 
-    def begin(self, command: str = "batch", num_processes: int | None = None, num_batches: int = 1) -> None:
-        """Ask for batches, and to wait for what a GPU still has to do of them."""
+        Images count when they are published, and all are before this returns.
+        """
+        self.begin(command, num_processes, seconds)
+        return self.end(num_processes)
+
+    def begin(self, command: str = "work", num_processes: int | None = None, seconds: float = 0) -> None:
+        """Ask for it."""
         for process in self.processes[:num_processes]:
-            print(*[command] * num_batches, "wait", sep="\n", file=process.stdin, flush=True)
+            print(command, seconds, file=process.stdin, flush=True)
 
-    def end(self, num_processes: int | None = None, num_batches: int = 1) -> tuple[float, float]:
+    def end(self, num_processes: int | None = None) -> tuple[float, float]:
         """Take the answers to what `begin` asked for."""
-        rate, peak_mib = 0.0, 0.0
-        for process in self.processes[:num_processes]:
-            answers = [self._answer(process) for _ in range(num_batches + 1)]
-            rate += num_batches * self.batch_size / sum(answer["seconds"] for answer in answers)
-            peak_mib = max(peak_mib, *(answer["peak_mib"] for answer in answers))
-        return rate, peak_mib
+        answers = [self._answer(process) for process in self.processes[:num_processes]]
+        rate = sum(answer["num_images"] / answer["seconds"] for answer in answers)
+        return rate, max(answer["peak_mib"] for answer in answers)
 
     def _answer(self, process: subprocess.Popen[str]) -> dict[str, float]:
         if not (line := process.stdout and process.stdout.readline()):
@@ -109,12 +108,22 @@ class Bench:
 
     @contextmanager
     def contender(
-        self, name: str, num_processes: int = 1, env: Mapping[str, str] | None = None, batch_size: int | None = None
+        self,
+        name: str,
+        num_processes: int = 1,
+        env: Mapping[str, str] | None = None,
+        batch_size: int | None = None,
+        more: Sequence[str] = (),
     ) -> Iterator[Contender]:
         """Start the processes of a contender."""
-        batch_size = batch_size or self.batch_size
         command = [sys.executable, "-m", "benchmarks.contenders", name, self.checkpoint]
-        flags = ["--batch_size", batch_size, "--num_inference_steps", self.num_inference_steps]
+        flags = [
+            *more,
+            "--batch_size",
+            batch_size or self.batch_size,
+            "--num_inference_steps",
+            self.num_inference_steps,
+        ]
         flags += ["--mixed_precision", self.precision, "--device", self.device]
         threads = max(1, (os.cpu_count() or 1) // num_processes)
         processes = [
@@ -129,7 +138,7 @@ class Bench:
             for _ in range(num_processes)
         ]
         try:
-            yield Contender(name, batch_size, processes)
+            yield Contender(name, processes)
         finally:
             for process in processes:
                 process.communicate()  # at the end of its input it leaves
