@@ -59,7 +59,7 @@ def test_a_model_too_large_for_a_single_image_says_so(job, memory, capsys):
     memory(0, OUT_OF_MEMORY["a GPU's"])
     assert run_job(*job) == 1
     assert "do not fit into the memory of " in (error := capsys.readouterr().err)
-    assert ", nor does one alone; " in error
+    assert ", nor does one alone (CUDA out of memory. Tried to allocate 2.00 GiB.); " in error
 
 
 def test_another_runtime_error_is_not_taken_for_memory(job, memory):

@@ -59,8 +59,7 @@ def test_a_dataset_grows(golden, name):
     assert run_of(golden / name) == RUNS[name]
 
 
-@pytest.mark.parametrize("num_processes", [1, 3])
-@pytest.mark.parametrize("name", ["stopped", "killed"])
+@pytest.mark.parametrize(("name", "num_processes"), [("stopped", 3), ("killed", 1)])
 def test_what_was_interrupted_is_completed(golden, name, num_processes):
     before = {file: digest for file, digest in tree(golden / name).items() if file != "manifest.csv"}
     assert len(before) < 12

@@ -262,9 +262,10 @@ def test_processes_that_share_a_card_are_told_of(flags, card, monkeypatch, capsy
         (2, {"ACCELERATE_USE_CPU": "true"}, "auto", False),
         (2, {}, "cpu", False),
         (0, {}, "auto", False),
-        (0, {"ACCELERATE_USE_CPU": "False", "LOCAL_WORLD_SIZE": "8"}, "auto", True),  # multi_gpu.yaml, no GPU
+        (0, {"ACCELERATE_MIXED_PRECISION": "bf16", "LOCAL_WORLD_SIZE": "8"}, "auto", True),  # multi_gpu.yaml, no GPU
+        (0, {"ACCELERATE_MIXED_PRECISION": "bf16", "LOCAL_WORLD_SIZE": "8"}, "cpu", False),
         (0, {"ACCELERATE_USE_CPU": "False"}, "auto", True),  # single_gpu.yaml, no GPU
-        (0, {"ACCELERATE_USE_CPU": "True", "LOCAL_WORLD_SIZE": "8"}, "auto", False),  # cpu.yaml
+        (0, {"ACCELERATE_MIXED_PRECISION": "no", "LOCAL_WORLD_SIZE": "8"}, "auto", False),  # cpu.yaml
     ],
 )
 def test_a_job_for_gpus_that_runs_on_the_cpu_says_so(

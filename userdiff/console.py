@@ -266,7 +266,7 @@ def warn_of_missing_gpus(num_processes: int, num_present: int) -> None:
     """Warn that a job meant for GPUs runs on the CPU."""
     _warn(
         f"torch finds no GPU ({count(num_present, 'is', 'are')} in /dev), so {count(num_processes, 'process', 'processes')} on "
-        "this machine compute on the CPU; --device cuda would have made that an error, `use_cpu: true` says it is meant"
+        "this machine compute on the CPU; --device cuda makes that an error, --device cpu says that it is meant"
     )
 
 

@@ -35,8 +35,12 @@ def num_local_processes() -> int:
 
 
 def wants_gpus() -> bool:
-    """Whether accelerate's configuration says `use_cpu: false`."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "false"
+    """Whether accelerate's configuration is one for GPUs: it says `use_cpu: false`, or half precision.
+
+    To several processes accelerate does not tell the first, whatever it is.
+    """
+    is_half = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") in ("bf16", "fp16")
+    return is_half or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "false"
 
 
 def restart_count() -> int:
