@@ -8,16 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._inductor.exc import InductorError
 from torch.distributed import HashStore
 
 from tests.checkpoints import model_flags
 from tests.jobs import play_processes, run_job, tree
-from userdiff import acceleration, computing, config, loading, runner, sampling
+from userdiff import acceleration, config, loading, runner, sampling
 from userdiff.acceleration import Compilation
 from userdiff.config import UsageError, parse_args
 from userdiff.coordination import Coordinator
-from userdiff.halting import Failed
 from userdiff.loading import load_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -285,154 +283,6 @@ def test_a_job_for_gpus_that_runs_on_the_cpu_says_so(
         assert f"{os.environ.get('LOCAL_WORLD_SIZE', '1')} process" in said
 
 
-# Memory and failures -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def memory(monkeypatch):
-    """Let batches above a size fail; those below leave so many bytes free."""
-    start = computing._start
-
-    def limit(largest, error, free_bytes=lambda size: 2**40):
-        last = []
-
-        def limited(config, model, items, *args):
-            last[:] = [len(items)]
-            if len(items) > largest:
-                raise error
-            return start(config, model, items, *args)
-
-        monkeypatch.setattr(computing, "_start", limited)
-        monkeypatch.setattr(computing, "free_memory", lambda device: free_bytes(*last))
-
-    return limit
-
-
-def recorded():
-    """What torch makes of a lack of memory while a CUDA graph is recorded."""
-    error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
-    error.__context__ = torch.OutOfMemoryError("CUDA out of memory.")
-    return error
-
-
-def error_line(capsys):
-    """The one line of a job that failed; beside it, a progress bar."""
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    (line,) = [line for line in err.splitlines() if "error" in line]
-    return line
-
-
-TOO_SMALL = {
-    "torch's": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    "the CUDA runtime's": RuntimeError(
-        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
-    ),
-    "cuBLAS's": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    "cuDNN's": RuntimeError("GET was unable to find an engine to execute this computation"),
-    "cuDNN's own": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-    "the driver's": RuntimeError("CUDA driver error: out of memory"),
-    "HIP's": RuntimeError("HIP error: out of memory"),
-    "Triton's": RuntimeError("Triton Error [CUDA]: out of memory"),
-    "a compiler's": InductorError(torch.OutOfMemoryError("CUDA out of memory."), None),
-    "a recording's": recorded(),
-}
-
-
-@pytest.mark.parametrize("error", TOO_SMALL.values(), ids=TOO_SMALL)
-def test_every_lack_of_memory_ends_in_a_size_that_does(job, memory, capsys, error):
-    memory(5, error)
-    assert run_job(*job, "--batch_size", 32) == 1
-    line = error_line(capsys)
-    assert line.startswith("batch_generate.py: error: --batch_size: 32 images at a time do not fit into the memory of ")
-    assert ", --batch_size 4 would do; 0 of 10 images" in line
-
-
-def test_the_size_that_does_leaves_headroom(job, memory, capsys):
-    """With less, cuDNN silently takes another engine where its workspace does not fit."""
-    memory(20, TOO_SMALL["torch's"], lambda size: computing.HEADROOM if size <= 4 else computing.HEADROOM - 1)
-    assert run_job(*job, "--batch_size", 32) == 1
-    assert ", --batch_size 4 would do; " in capsys.readouterr().err
-
-
-def test_one_image_needs_none(job, memory, capsys):
-    memory(20, TOO_SMALL["torch's"], lambda size: 0)
-    assert run_job(*job, "--batch_size", 32) == 1
-    assert ", --batch_size 1 would do; " in capsys.readouterr().err
-
-
-def test_a_card_that_is_nearly_full_is_told_of_once(job, tmp_path, monkeypatch, capsys):
-    assert run_job(*job, "--output_dir", tmp_path / "roomy") == 0
-    assert "memory free" not in capsys.readouterr().err
-    monkeypatch.setattr(computing, "free_memory", lambda device: computing.HEADROOM // 2)
-    assert run_job(*job, "--batch_size", 3) == 0
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "memory free" in line]
-    assert "batches of 3 leave 537MB" in line
-    assert "smaller --batch_size" in line
-    assert len(tree(tmp_path / "out")) == 11
-
-
-def test_what_no_size_helps_against_is_said_in_its_own_words(job, memory, capsys):
-    """cuDNN has no engine for other reasons, too."""
-    memory(0, TOO_SMALL["cuDNN's"])
-    assert run_job(*job, "--batch_size", 2) == 1
-    assert "nor does one alone (GET was unable to find an engine to execute this computation); " in error_line(capsys)
-
-
-def test_models_that_do_not_fit_are_one_line(job, monkeypatch, capsys):
-    def load_model(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
-
-    monkeypatch.setattr(runner, "load_model", load_model)
-    assert run_job(*job) == 1
-    line = error_line(capsys)
-    assert line.startswith(
-        "batch_generate.py: error: --device: the models do not fit into the memory that cpu has free (CUDA "
-    )
-
-
-BROKEN = {
-    "in use": RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore"),
-    "the driver": RuntimeError("CUDA driver error: unknown error"),
-    "Triton": RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
-    "launched": RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be"),
-    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
-    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
-}
-
-
-@pytest.mark.parametrize("error", BROKEN.values(), ids=BROKEN)
-def test_a_card_that_fails_is_one_line(job, memory, capsys, error):
-    memory(0, error)
-    assert run_job(*job) == 1
-    line = error_line(capsys)
-    assert line.startswith(
-        f"batch_generate.py: error: --device: the GPU failed ({str(error).splitlines()[0]}); 0 of 10"
-    )
-
-
-def test_a_card_that_fails_later_is_too(job, monkeypatch, capsys):
-    """Kernels run while the host is elsewhere: it hears of their failure when it asks for the images."""
-
-    class Event:
-        def query(self):
-            raise RuntimeError("CUDA error: unspecified launch failure\nmore")
-
-    start = computing._start
-    monkeypatch.setattr(computing, "_start", lambda *args: replace(start(*args), arrival=Event()))
-    assert run_job(*job, "--batch_size", 2) == 1
-    line = error_line(capsys)
-    assert line.startswith(
-        "batch_generate.py: error: --device: the GPU failed (CUDA error: unspecified launch failure); "
-    )
-
-
-def test_a_fault_of_ours_is_not_taken_for_the_cards(job, memory):
-    memory(0, RuntimeError("shape '[2, 3]' is invalid for input of size 5"))
-    with pytest.raises(RuntimeError, match="is invalid for input"):
-        run_job(*job)
-
-
 # Encoding ------------------------------------------------------------------------------------------------------------
 
 
@@ -479,10 +329,3 @@ def test_a_folder_goes_on_with_the_level_it_began_with(job, tmp_path, num_proces
     assert play_processes(num_processes, *job, "--num_images_per_user", "4") == [0] * num_processes
     assert tree(tmp_path / "out") == tree(tmp_path / "expected")
     assert "png_compress_level" not in capsys.readouterr().err
-
-
-def test_failed_is_what_a_gpu_error_becomes():
-    with pytest.raises(Failed) as raised, computing.gpu_errors():
-        raise RuntimeError("CUDA error: device-side assert triggered")
-    assert raised.value.exit_status == 1
-    assert isinstance(raised.value.__cause__, RuntimeError)

@@ -65,7 +65,7 @@ ACCELERATE = """#!/bin/bash
 printf '%s\\n' "$@" > "$TOY/command.$SLURM_NODEID"
 if [[ $SLURM_NODEID == 0 ]]; then sleep "$LATER"; fi
 if [[ $SLURM_NODEID == 0 && -f $TOY/next.json ]]; then mkdir -p "$OUT"; mv "$TOY/next.json" "$OUT/run.json"; fi
-if [[ -n ${WAIT:-} ]]; then touch "$TOY/waiting.$SLURM_NODEID"; sleep 60 & wait; fi
+if [[ -n ${WAIT:-} ]]; then sleep 60 & touch "$TOY/waiting.$SLURM_NODEID"; wait; fi
 exit "$LAUNCHER_STATUS"
 """
 

@@ -38,8 +38,8 @@ def speed_up(
         use_single_token(unet)
     if is_cuda:
         use_timestep_table(unet, num_train_timesteps)
-        is_half = unet.dtype in (torch.float16, torch.bfloat16)
-        use_fused_self_attention(unet, is_flex=compilation is not None and is_half)
+        # float32 would round otherwise in it, and fp16 may be of a card older than its kernels
+        use_fused_self_attention(unet, is_flex=compilation is not None and unet.dtype is torch.bfloat16)
         if compilation and not is_regional:
             use_channelwise_group_norm(unet)
             use_channelwise_group_norm(vae.decoder)
