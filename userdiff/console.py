@@ -265,8 +265,8 @@ def warn_of_shared_gpus(num_processes: int, num_gpus: int) -> None:
 def warn_of_missing_gpus(num_processes: int, num_present: int) -> None:
     """Warn that a job meant for GPUs runs on the CPU."""
     _warn(
-        f"torch finds no GPU ({count(num_present, 'is', 'are')} in /dev), so {count(num_processes, 'process', 'processes')} on "
-        "this machine compute on the CPU; --device cuda makes that an error, --device cpu says that it is meant"
+        f"torch finds no GPU ({count(num_present, 'is', 'are')} in /dev), so all is computed on the CPU, on this machine by "
+        f"{count(num_processes, 'process', 'processes')}; --device cuda makes that an error, --device cpu says that it is meant"
     )
 
 

@@ -102,8 +102,10 @@ def _refuse_foreign(output_dir: Path, run: str | None = None) -> None:
 
 def _refuse_other_identity(config: JobConfig, old: RunRecord, identity: dict[str, Any]) -> None:
     if changed := record.tell_differences(old.identity, identity):
+        precisions = [one.get("mixed_precision", "no") for one in (old.identity, identity)]
+        keeps = f"--mixed_precision {precisions[0]} keeps that; " if precisions[0] != precisions[1] else ""
         raise UsageError(
-            f"--output_dir: {config.output_dir} holds images made otherwise ({changed}); use another folder, or start "
+            f"--output_dir: {config.output_dir} holds images made otherwise ({changed}); {keeps}use another folder, or start "
             "again with --overwrite"
         )
 
