@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch._inductor.exc import InductorError
 
 from tests.checkpoints import model_flags
 from tests.jobs import play_processes, run_job, tree
-from userdiff import computing, runner
+from userdiff import computing, load_model, parse_args, runner
 from userdiff.halting import Failed
 
 
@@ -98,6 +99,29 @@ def test_the_size_that_does_leaves_headroom(job, memory, capsys):
     memory(20, TOO_SMALL["torch's"], lambda size: computing.HEADROOM if size <= 4 else computing.HEADROOM - 1)
     assert run_job(*job, "--batch_size", 32) == 1
     assert ", --batch_size 4 would do; " in capsys.readouterr().err
+
+
+def test_what_a_try_that_failed_held_counts_against_no_other(job, monkeypatch):
+    """A card of 80 GiB: an image takes 1 GiB in a pass, and a recording would hold as much again."""
+    asked = parse_args([str(flag) for flag in job])
+    model = replace(load_model(asked), device=torch.device("cuda", 0))
+    total, peak, tried = 80 * 2**30, [0], []
+
+    def start(config, model, items):
+        tried.append(len(items))
+        peak[0] = max(peak[0], min(len(items) * 2**30, total))
+        if len(items) * 2**30 > total:
+            raise TOO_SMALL["torch's"]
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(computing, "_start", start)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - tried[-1] * 2**30, total))
+    assert computing._fitting_batch_size(asked, model, 256) == 32
+    assert tried == [128, 64, 32]
 
 
 def test_one_image_needs_none(job, memory, capsys):

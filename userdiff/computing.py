@@ -110,7 +110,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _held_by_passes(device: torch.device) -> int:
-    """Return the bytes that passes held at most beyond what is held now."""
+    """Return the bytes that passes held at most, since the peak was reset, beyond what is held now."""
     if device.type != "cuda":
         return 0
     return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
@@ -204,6 +204,8 @@ def _fitting_batch_size(config: JobConfig, model: JobModel, too_large: int) -> i
             gc.collect()
             try:
                 torch.cuda.empty_cache()
+                if model.device.type == "cuda":  # else what held most would be the try that failed
+                    torch.cuda.reset_peak_memory_stats(model.device)
                 _start(one_step, model, items).wait()
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
