@@ -20,14 +20,16 @@ from PIL import Image
 from torch.distributed import HashStore
 
 from benchmarks.checkpoint import EMBED_DIM, LATENTS, NUM_USERS, model_flags
-from userdiff import UserConditionEncoder, models, runner
-from userdiff.acceleration import token_vectors
-from userdiff.conditioning import load_condition_encoder
+from userdiff import UserConditionEncoder
 from userdiff.config import DEFAULT_COMPRESS_LEVEL, parse_args
-from userdiff.coordination import Coordinator
-from userdiff.loading import DTYPES, load_model
-from userdiff.planning import make_plan
-from userdiff.sampling import DECODED_AT_ONCE
+from userdiff.diffusion import checkpoint as models
+from userdiff.diffusion.acceleration import token_vectors
+from userdiff.diffusion.conditioning import load_condition_encoder
+from userdiff.diffusion.model import DTYPES, load_model
+from userdiff.diffusion.sampler import DECODED_AT_ONCE
+from userdiff.job import run as runner
+from userdiff.job.plan import make_plan
+from userdiff.job.store import Coordinator
 
 _MOST_BATCHES = 10000
 

@@ -25,15 +25,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from userdiff import audit, gallery, images, manifest, record
-from userdiff.manifest import Recipe
-from userdiff.planning import Plan, item_seed, make_plan
-from userdiff.table import BELIEVED, HEADER, Table
+from userdiff.dataset import images, manifest
+from userdiff.dataset import run_record as record
+from userdiff.dataset.manifest import Recipe
+from userdiff.dataset.rows import BELIEVED, HEADER, Table
+from userdiff.identity import identity_hash
+from userdiff.job.plan import Plan, make_plan
+from userdiff.seeds import item_seed
+from userdiff.tools import audit
+from userdiff.tools import preview as gallery
 
 NUM_USERS = 31
 BATCH_SIZE = 64
 IDENTITY = {"seed": 42, "num_inference_steps": 20}
-RECIPE = Recipe.of(IDENTITY, record.identity_hash(IDENTITY))
+RECIPE = Recipe.of(IDENTITY, identity_hash(IDENTITY))
 NUM_PARTS = 8
 
 

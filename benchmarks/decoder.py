@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from benchmarks.checkpoint import LATENTS, make_checkpoint
-from userdiff import sampling
+from userdiff.diffusion import sampler as sampling
 
 
 def resident_mebibytes(which: str) -> float:

@@ -18,12 +18,14 @@ from PIL import Image
 
 from benchmarks import checkpoint
 from benchmarks.throughput import ROOT
-from userdiff import computing, images, runner
-from userdiff.acceleration import Compilation
 from userdiff.config import BUNDLED_CHECKPOINT, parse_args
-from userdiff.cuda_graph import GraphedUNet
-from userdiff.loading import DTYPES, JobModel, load_model
-from userdiff.table import Item
+from userdiff.dataset import images
+from userdiff.diffusion import generate as computing
+from userdiff.diffusion.acceleration import Compilation
+from userdiff.diffusion.cuda_graph import GraphedUNet
+from userdiff.diffusion.model import DTYPES, JobModel, load_model
+from userdiff.job import run as runner
+from userdiff.seeds import Item
 
 Rows = Iterator[list[str]]
 """What, found, target, verdict."""

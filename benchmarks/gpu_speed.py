@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import checkpoint
 from benchmarks.gpu_checks import COMPILATION, Rows, Setting
 from benchmarks.throughput import COMPILED, Bench
-from userdiff import runner
-from userdiff.acceleration import token_vectors, use_single_token
 from userdiff.config import DEFAULT_BATCH_SIZE, parse_args
-from userdiff.coordination import Coordinator
-from userdiff.loading import load_model
-from userdiff.planning import make_plan
+from userdiff.diffusion.acceleration import token_vectors, use_single_token
+from userdiff.diffusion.model import load_model
+from userdiff.job import run as runner
+from userdiff.job.plan import make_plan
+from userdiff.job.store import Coordinator
 
 MATRIX = 8192
 PROBE_SECONDS = 4.0  # to find the pipeline's best batch size

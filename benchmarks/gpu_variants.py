@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import checkpoint
 from benchmarks.gpu_checks import COMPILATION, Rows, Setting
-from userdiff import acceleration, runner
-from userdiff.cuda_graph import GraphedUNet
+from userdiff.diffusion import acceleration
+from userdiff.diffusion.cuda_graph import GraphedUNet
+from userdiff.job import run as runner
 
 REPEATS = 20
 ROUNDS = 3

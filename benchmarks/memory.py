@@ -13,8 +13,8 @@ from unittest.mock import patch
 
 import torch
 
-from userdiff import computing
 from userdiff.cli import generate
+from userdiff.diffusion import generate as computing
 
 SIDE = 128
 

@@ -19,8 +19,11 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from benchmarks.checkpoint import make_checkpoint, model_flags
-from userdiff import coordination, images, runner, sampling
 from userdiff.cli import generate
+from userdiff.dataset import images
+from userdiff.diffusion import sampler as sampling
+from userdiff.job import run as runner
+from userdiff.job import store as coordination
 
 TIMED = {
     "UNet passes": (UNet2DConditionModel, "forward"),

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from userdiff.cli import generate
+from userdiff.dataset.images import file_name
 from userdiff.demo.digits import NUM_USERS
 from userdiff.demo.quality import accuracy_by_digit, split_digits, train_classifier, train_plain_classifier
-from userdiff.images import file_name
 
 
 def main() -> None:

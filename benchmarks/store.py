@@ -22,10 +22,14 @@ from unittest.mock import patch
 import torch
 from torch.distributed import TCPStore
 
-from userdiff import computing, coordination, images, launcher, runner
 from userdiff.config import JobConfig, bundled_model
-from userdiff.coordination import Coordinator
-from userdiff.planning import make_plan
+from userdiff.dataset import images
+from userdiff.diffusion import generate as computing
+from userdiff.job import launcher
+from userdiff.job import run as runner
+from userdiff.job import store as coordination
+from userdiff.job.plan import make_plan
+from userdiff.job.store import Coordinator
 
 BATCH_SIZE = 64
 START_SECONDS = 300  # for all processes, on a busy machine

@@ -24,9 +24,13 @@ from unittest.mock import patch
 import torch
 from torch.distributed import TCPStore
 
-from userdiff import computing, coordination, images, launcher, runner
 from userdiff.config import JobConfig, bundled_model
-from userdiff.planning import Plan, make_plan
+from userdiff.dataset import images
+from userdiff.diffusion import generate as computing
+from userdiff.job import launcher
+from userdiff.job import run as runner
+from userdiff.job import store as coordination
+from userdiff.job.plan import Plan, make_plan
 
 BATCH_SIZE = 4
 SLOWNESS = 3

@@ -46,7 +46,7 @@ JOB_SECONDS = 240  # no run takes that long
 SECONDS_TO_GO = 30.0  # after a kill, for every process of the job
 IMPATIENT = """
 import sys
-from userdiff import contact
+from userdiff.job import store_client as contact
 contact.LOST_AFTER_PULSES = 15  # a lost machine is missed by its silence alone
 from userdiff.cli import generate
 sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))

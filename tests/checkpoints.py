@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 
-from userdiff.conditioning import UserConditionEncoder
+from userdiff.diffusion.conditioning import UserConditionEncoder
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch.distributed import HashStore
 
 from userdiff.cli import generate
 from userdiff.config import parse_args
-from userdiff.coordination import Coordinator
-from userdiff.loading import load_model
-from userdiff.runner import run_process
+from userdiff.diffusion.model import load_model
+from userdiff.job.run import run_process
+from userdiff.job.store import Coordinator
 
 ROOT = Path(__file__).parent.parent
 

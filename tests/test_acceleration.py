@@ -13,8 +13,9 @@ from torch import nn
 from tests.checkpoints import model_flags
 from tests.jobs import finish, launch, run_job, tree
 from tests.oracle import assert_parity, oracle_image
-from userdiff import sampling
-from userdiff.acceleration import (
+from userdiff.config import parse_args
+from userdiff.diffusion import sampler as sampling
+from userdiff.diffusion.acceleration import (
     ChannelwiseGroupNorm,
     Compilation,
     FusedSelfAttnProcessor,
@@ -23,10 +24,9 @@ from userdiff.acceleration import (
     use_single_token,
     use_timestep_table,
 )
-from userdiff.config import parse_args
-from userdiff.cuda_graph import GraphedUNet
-from userdiff.loading import load_model
-from userdiff.models import ddim_scheduler, load_noise_scheduler
+from userdiff.diffusion.checkpoint import ddim_scheduler, load_noise_scheduler
+from userdiff.diffusion.cuda_graph import GraphedUNet
+from userdiff.diffusion.model import load_model
 
 SHAPES = {
     "as in use": {},

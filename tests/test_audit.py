@@ -14,12 +14,12 @@ from PIL import Image
 
 from tests.checkpoints import model_flags
 from tests.jobs import ROOT, run_job, tree
-from userdiff import images
-from userdiff.audit import Problem, flat_images, merge, read_status, verify
 from userdiff.cli import main
-from userdiff.images import encode_png
-from userdiff.record import folder_lock
-from userdiff.table import Table, read_rows
+from userdiff.dataset import images
+from userdiff.dataset.images import encode_png
+from userdiff.dataset.rows import Table, read_rows
+from userdiff.dataset.run_record import folder_lock
+from userdiff.tools.audit import Problem, flat_images, merge, read_status, verify
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +410,7 @@ def test_merge_waits_for_no_running_job(out, capsys):
 
 
 def test_flat_images_are_found_and_only_small_files_are_opened(out, monkeypatch):
-    from userdiff import images
+    from userdiff.dataset import images
 
     rows = list(read_rows(out / "manifest.csv"))
     for number, pixels in enumerate([np.zeros((16, 16, 3)), np.full((16, 16, 3), 255), np.full((16, 16, 1), 7)]):

@@ -10,8 +10,10 @@ from torch._inductor.exc import InductorError
 
 from tests.checkpoints import model_flags
 from tests.jobs import play_processes, run_job, tree
-from userdiff import computing, load_model, parse_args, runner
-from userdiff.halting import Failed
+from userdiff import load_model, parse_args
+from userdiff.diffusion import generate as computing
+from userdiff.job import run as runner
+from userdiff.shutdown import Failed
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from userdiff.conditioning import (
+from userdiff.diffusion.conditioning import (
     IncompatibleWeightsError,
     UserConditionEncoder,
     load_condition_encoder,

@@ -17,7 +17,7 @@ from userdiff.config import (
     make_parser,
     parse_args,
 )
-from userdiff.parsing import format_ids, id_range
+from userdiff.text import format_ids, id_range
 
 SCRIPT = Path(__file__).parents[1] / "batch_generate.py"
 DEMO_CHECKPOINT = Path(userdiff.__file__).parent / "demo" / "checkpoint"

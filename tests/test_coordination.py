@@ -7,9 +7,9 @@ import time
 import pytest
 from torch.distributed import DistError, HashStore
 
-from userdiff import contact
-from userdiff.coordination import Coordinator
-from userdiff.halting import Failed, Halted, Interrupt, Stopped
+from userdiff.job import store_client as contact
+from userdiff.job.store import Coordinator
+from userdiff.shutdown import Failed, Halted, Interrupt, Stopped
 
 
 @pytest.fixture

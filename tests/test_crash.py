@@ -14,12 +14,13 @@ from torch.distributed import HashStore
 
 from tests.checkpoints import model_flags
 from tests.jobs import tree
-from userdiff import manifest, table
 from userdiff.config import UsageError, parse_args
-from userdiff.coordination import Coordinator
-from userdiff.loading import load_model
-from userdiff.record import RunRecord
-from userdiff.runner import run_process
+from userdiff.dataset import manifest
+from userdiff.dataset import rows as table
+from userdiff.dataset.run_record import RunRecord
+from userdiff.diffusion.model import load_model
+from userdiff.job.run import run_process
+from userdiff.job.store import Coordinator
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 
@@ -128,7 +129,7 @@ def test_killed_again_and_again_one_change_further_each_time(job, undisturbed, d
 
 
 def test_a_merge_killed_at_any_change_is_made_up_for(job, undisturbed, death, tmp_path):
-    from userdiff import audit
+    from userdiff.tools import audit
 
     begun = tmp_path / "begun"
     with death(begun, 20):

@@ -18,9 +18,11 @@ from PIL import Image
 
 from tests.checkpoints import model_flags
 from tests.jobs import finish, play_processes, run_job, start, tree
-from userdiff import computing, images, record
-from userdiff.folder import disk_failure
-from userdiff.halting import Stopped
+from userdiff.dataset import images
+from userdiff.dataset import run_record as record
+from userdiff.diffusion import generate as computing
+from userdiff.job.output_folder import disk_failure
+from userdiff.shutdown import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +442,7 @@ def test_images_of_one_colour_are_counted_and_named(job, tmp_path, capsys, monke
 @pytest.mark.parametrize("at", [slice(None), slice(11, 12), slice(24, 25)], ids=["all", "a length", "the bit depth"])
 def test_a_small_image_that_cannot_be_read_is_made_again_by_the_run_after(job, out, reference, capsys, monkeypatch, at):
     """Of the right size, so that only the look for images of one colour opens it."""
-    monkeypatch.setattr("userdiff.audit.FLAT_TOLERANCE", 100)
+    monkeypatch.setattr("userdiff.tools.audit.FLAT_TOLERANCE", 100)
     path = out / "user_01" / "generated_001.png"
     content = bytearray(path.read_bytes())
     content[at] = bytes(len(content[at]))
@@ -457,7 +459,7 @@ def test_a_stop_while_the_end_is_looked_at_counts_every_image(job, tmp_path, cap
         while True:
             pass
 
-    monkeypatch.setattr("userdiff.audit.flat_images", flat_images)
+    monkeypatch.setattr("userdiff.tools.audit.flat_images", flat_images)
     assert run_job(*job) == 143
     assert "stopped by SIGTERM; 15 of 15 images are in " in capsys.readouterr().err
 

@@ -22,11 +22,13 @@ from PIL import Image
 from tests.browser import CHROMEDRIVER, CHROMIUM, browse
 from tests.checkpoints import model_flags
 from tests.jobs import run_job
-from userdiff import facts, gallery, thumbnails
 from userdiff.cli import main
-from userdiff.manifest import Recipe, listed_images, write_manifest
-from userdiff.record import RunRecord
-from userdiff.table import Table
+from userdiff.dataset.manifest import Recipe, listed_images, write_manifest
+from userdiff.dataset.rows import Table
+from userdiff.dataset.run_record import RunRecord
+from userdiff.tools import preview as gallery
+from userdiff.tools import run_summary as facts
+from userdiff.tools import thumbnails
 
 RECIPE = Recipe(seed=42, num_inference_steps=20, conditioning="trained", run="0" * 64)
 VOID = {"meta", "link", "img", "input"}

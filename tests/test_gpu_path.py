@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.checkpoints import model_flags
-from userdiff import computing, loading
-from userdiff.acceleration import ChannelwiseGroupNorm, Compilation, FusedSelfAttnProcessor
 from userdiff.config import parse_args
-from userdiff.cuda_graph import GraphedUNet
+from userdiff.diffusion import generate as computing
+from userdiff.diffusion import model as loading
+from userdiff.diffusion.acceleration import ChannelwiseGroupNorm, Compilation, FusedSelfAttnProcessor
+from userdiff.diffusion.cuda_graph import GraphedUNet
 
 GPU = torch.device("cuda", 1)
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

@@ -12,11 +12,15 @@ from torch.distributed import HashStore
 
 from tests.checkpoints import model_flags
 from tests.jobs import play_processes, run_job, tree
-from userdiff import acceleration, config, loading, runner, sampling
-from userdiff.acceleration import Compilation
+from userdiff import config
 from userdiff.config import UsageError, parse_args
-from userdiff.coordination import Coordinator
-from userdiff.loading import load_model
+from userdiff.diffusion import acceleration
+from userdiff.diffusion import model as loading
+from userdiff.diffusion import sampler as sampling
+from userdiff.diffusion.acceleration import Compilation
+from userdiff.diffusion.model import load_model
+from userdiff.job import run as runner
+from userdiff.job.store import Coordinator
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 INDUCTOR = Compilation(options={"backend": "inductor"})

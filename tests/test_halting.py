@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from userdiff.halting import Failed, Interrupt, Stopped, deadly_wait
+from userdiff.shutdown import Failed, Interrupt, Stopped, deadly_wait
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -66,7 +66,7 @@ def test_a_signal_at_any_instant_of_entering_or_leaving_such_work_is_the_reason_
         left = iter(range(instant, -1, -1))
 
         def trace(frame, event, _, left=left, interrupt=interrupt):
-            if frame.f_globals["__name__"] not in {"userdiff.halting", "contextlib"}:
+            if frame.f_globals["__name__"] not in {"userdiff.shutdown", "contextlib"}:
                 return None
             frame.f_trace_opcodes = True
             if event == "opcode" and next(left, None) == 0:
@@ -113,7 +113,7 @@ def test_ctrl_c_is_deadly_only_for_a_while():
 
 IN_A_WAIT_THAT_HEARS_NO_SIGNAL = """
 import ctypes, signal, sys
-from userdiff.halting import deadly_wait
+from userdiff.shutdown import deadly_wait
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 with deadly_wait(lambda: True):
     mutex = ctypes.create_string_buffer(256)

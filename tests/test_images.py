@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from userdiff.images import (
+from userdiff.dataset.images import (
     WriterPool,
     decode_png,
     encode_png,

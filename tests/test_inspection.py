@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageStat
 
-from userdiff import findings, inspection, likeness
 from userdiff.cli import main
-from userdiff.inspection import inspect
-from userdiff.likeness import NEAR, Likeness
-from userdiff.manifest import Recipe, write_manifest
+from userdiff.dataset.manifest import Recipe, write_manifest
+from userdiff.tools import inspect as inspection
+from userdiff.tools import inspect_report as findings
+from userdiff.tools import similarity as likeness
+from userdiff.tools.inspect import inspect
+from userdiff.tools.similarity import NEAR, Likeness
 
 RECIPE = Recipe(seed=42, num_inference_steps=1, conditioning="trained", run="0" * 64)
 

@@ -21,10 +21,10 @@ from PIL import Image, PngImagePlugin
 from tests.checkpoints import model_flags
 from tests.jobs import ROOT, run_job, tree
 from tests.test_folder import mounted
-from userdiff.audit import read_status, verify
 from userdiff.cli import main
-from userdiff.joining import join
-from userdiff.record import folder_lock
+from userdiff.dataset.run_record import folder_lock
+from userdiff.tools.audit import read_status, verify
+from userdiff.tools.joining import join
 
 HEADER = "file_name,user_id,image_index,seed,num_inference_steps,conditioning,width,height,num_bytes,sha256\n"
 IDENTITY = {"seed": 42, "num_inference_steps": 20, "unet": {"weights": "ab" * 32}, "user_index": {"1": 0, "2": 1}}
@@ -459,7 +459,7 @@ def test_a_signal_is_one_line_and_the_same_command_goes_on(jobs, tmp_path, capsy
 
     into = dataset(tmp_path / "C", all_of([3]), "3")
     with monkeypatch.context() as patch:
-        patch.setattr("userdiff.progress.show_reading", track)
+        patch.setattr("userdiff.job.progress.show_reading", track)
         assert merge(*jobs, "--into", into) == 128 + number
     assert capsys.readouterr().err == (
         f"userdiff merge: stopped by {signal.Signals(number).name}; 5 of 9 images are in {into}, the same command goes on "
@@ -479,7 +479,7 @@ def test_a_signal_before_anything_is_written_leaves_nothing(jobs, tmp_path, caps
         signal.raise_signal(signal.SIGINT)
         return items
 
-    monkeypatch.setattr("userdiff.progress.show_reading", track)
+    monkeypatch.setattr("userdiff.job.progress.show_reading", track)
     assert merge(*jobs, "--into", tmp_path / "C") == 130
     assert capsys.readouterr().err == (
         "userdiff merge: stopped by SIGINT; nothing was changed, the same command starts again\n"

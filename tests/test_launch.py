@@ -155,7 +155,7 @@ def test_the_original_command_line_works_with_the_scripts_name_changed(checkpoin
     """Its encoder file lay in the UNet's folder; 31 users as then."""
     import torch
 
-    from userdiff.conditioning import UserConditionEncoder
+    from userdiff.diffusion.conditioning import UserConditionEncoder
 
     unet = tmp_path / "U"
     (tmp_path / "V").symlink_to(checkpoint / "vae")

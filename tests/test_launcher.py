@@ -3,7 +3,7 @@
 import pytest
 from torch.distributed import TCPStore
 
-from userdiff import launcher
+from userdiff.job import launcher
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from userdiff.manifest import (
+from userdiff.dataset.manifest import (
     MANIFEST_NAME,
     PartWriter,
     Recipe,
@@ -22,7 +22,7 @@ from userdiff.manifest import (
     read_all,
     write_manifest,
 )
-from userdiff.table import COLUMNS, Row, read_rows
+from userdiff.dataset.rows import COLUMNS, Row, read_rows
 
 HEADER = "file_name,user_id,image_index,seed,num_inference_steps,conditioning,width,height,num_bytes,sha256"
 RUN = "5d" * 32

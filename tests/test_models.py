@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from userdiff import models
+from userdiff.diffusion import checkpoint as models
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -14,7 +14,9 @@ from tests.processes import our_tracebacks
 UNLIKE = """
 import os, sys, time
 from pathlib import Path
-from userdiff import computing, manifest, runner
+from userdiff.diffusion import generate as computing
+from userdiff.dataset import manifest
+from userdiff.job import run as runner
 from userdiff.cli import generate
 
 FIRST, SLOW, LATE = "012"
@@ -54,7 +56,7 @@ sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))
 
 IMPATIENT = """
 import sys
-from userdiff import sharing
+from userdiff.job import shared_folder as sharing
 sharing.NUM_LOOKS = 10
 from userdiff.cli import generate
 sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from userdiff import planning
-from userdiff.planning import PADDING, Plan, item_seed, seats
+from userdiff.job import plan as planning
+from userdiff.job.plan import PADDING, Plan, seats
+from userdiff.seeds import item_seed
 
 USER_IDS = st.integers(1, 40) | st.integers(1, 2**63 - 1)
 

@@ -8,7 +8,8 @@ import pytest
 
 from tests.checkpoints import model_flags
 from tests.jobs import run_job
-from userdiff import computing, console, progress
+from userdiff.diffusion import generate as computing
+from userdiff.job import console, progress
 
 
 class Terminal(io.StringIO):

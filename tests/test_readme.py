@@ -6,7 +6,7 @@ import pytest
 
 from tests.jobs import ROOT
 from userdiff.config import make_parser
-from userdiff.table import COLUMNS
+from userdiff.dataset.rows import COLUMNS
 
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()

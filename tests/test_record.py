@@ -14,18 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from userdiff.record import (
-    IDENTITY_DEFAULTS,
-    LOCK_NAME,
-    RunRecord,
-    differences,
-    folder_lock,
-    identity_hash,
-    make_identity,
-    tell_differences,
-    wait_for_writers,
-    writing,
-)
+from userdiff.dataset.run_record import LOCK_NAME, RunRecord, folder_lock, wait_for_writers, writing
+from userdiff.identity import OPTION_DEFAULTS, describe_differences, differences, identity_hash, make_identity
 
 IDENTITY = {"seed": 42, "vae": {"weights": "ab12", "config": {"scaling_factor": 0.7}}, "user_index": {"1": 0, "3": 1}}
 NUMERICS = {"batch_size": 16, "device": "x86_64"}
@@ -161,7 +151,7 @@ def test_a_required_value_is_kept_whatever_it_is():
 
 def test_a_later_option_at_its_default_changes_no_hash(monkeypatch):
     old = make_identity({"seed": 42}, {"eta": 0.6})
-    monkeypatch.setitem(IDENTITY_DEFAULTS, "guidance_scale", 1.0)
+    monkeypatch.setitem(OPTION_DEFAULTS, "guidance_scale", 1.0)
     new = make_identity({"seed": 42}, {"eta": 0.6, "guidance_scale": 1.0})
     assert identity_hash(new) == identity_hash(old)
 
@@ -220,12 +210,12 @@ def test_differences_are_told_with_both_values_and_of_a_mapping_a_few():
         "unet": {"weights": 30 * "a"},
     }
     new = {"seed": 2, "user_index": {"1": 5, "2": 1}, "unet": {"weights": 30 * "b"}, "eta": 0.5}
-    assert tell_differences(old, new) == (
+    assert describe_differences(old, new) == (
         "eta was 0.0, is 0.5; seed was 1, is 2; unet.weights was aaaaaaaaaaaa..., is bbbbbbbbbbbb...; "
         "user_index.1 was 0, is 5; user_index.3 was 2, is absent; user_index.4 was 3, is absent; and 5 more of user_index"
     )
-    assert tell_differences({"seed": 1}, {"seed": 2}, lambda *field: "/".join(field)) == "seed/1/2"
-    assert tell_differences(old, old) == ""
+    assert describe_differences({"seed": 1}, {"seed": 2}, lambda *field: "/".join(field)) == "seed/1/2"
+    assert describe_differences(old, old) == ""
 
 
 @settings(max_examples=100, deadline=None)
@@ -240,7 +230,7 @@ def test_two_identities_differ_where_their_hashes_do(old, new):
 LOCK_HOLDER = """
 import sys
 from pathlib import Path
-from userdiff.record import folder_lock
+from userdiff.dataset.run_record import folder_lock
 with folder_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()

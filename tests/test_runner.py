@@ -20,10 +20,10 @@ from tests import jobs
 from tests.checkpoints import model_flags
 from tests.jobs import play_processes, run_job, tree
 from tests.oracle import assert_parity, oracle_image, oracle_seed
-from userdiff.halting import Failed
-from userdiff.loading import JobModel
-from userdiff.runner import run_process
-from userdiff.table import COLUMNS
+from userdiff.dataset.rows import COLUMNS
+from userdiff.diffusion.model import JobModel
+from userdiff.job.run import run_process
+from userdiff.shutdown import Failed
 
 NUM_USERS = 5
 
@@ -271,7 +271,7 @@ def test_images_of_another_identity_are_not_mixed_in(flags, tmp_path, capsys):
 
 def test_an_eta_of_1_is_the_same_job_however_it_is_written(checkpoint, tmp_path):
     from userdiff import JobConfig
-    from userdiff.loading import load_model
+    from userdiff.diffusion.model import load_model
 
     paths = {"vae_path": checkpoint, "unet_path": checkpoint, "condition_encoder_path": checkpoint, "num_users": 5}
     configs = [JobConfig(**paths, eta=eta, num_inference_steps=2) for eta in (1, 1.0)]
@@ -361,7 +361,7 @@ def test_an_image_that_is_not_finite_is_not_saved_and_tried_again(flags, rows, t
 
 
 def test_an_image_that_vanishes_while_the_job_runs_is_not_called_done(flags, tmp_path, capsys, monkeypatch):
-    from userdiff import manifest
+    from userdiff.dataset import manifest
 
     append = manifest.PartWriter.append
 
@@ -389,7 +389,7 @@ def test_bf16_is_the_same_at_any_number_of_processes(flags, tmp_path, monkeypatc
 
 
 def test_a_disk_that_fails_is_one_line_and_loses_nothing(flags, reference, tmp_path, capsys, monkeypatch):
-    from userdiff import images
+    from userdiff.dataset import images
 
     publish, published = images.publish, []
 
@@ -421,7 +421,7 @@ def test_an_interrupt_while_torch_is_loading_is_one_line(flags, tmp_path, capsys
     def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("userdiff.runner.run", interrupted)
+    monkeypatch.setattr("userdiff.job.run.run", interrupted)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")  # and no store to be found, which torch would be needed for
     assert run_job(*flags, "--output_dir", tmp_path / "out") == 130
@@ -432,7 +432,7 @@ def test_another_process_that_found_bad_input_is_quoted_without_a_promise(flags,
     def failed(config):
         raise Failed("process 3 on node7: --vae_path: nowhere is not a folder", exit_status=2)
 
-    monkeypatch.setattr("userdiff.runner.run", failed)
+    monkeypatch.setattr("userdiff.job.run.run", failed)
     assert run_job(*flags, "--output_dir", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert said == "batch_generate.py: error: process 3 on node7: --vae_path: nowhere is not a folder\n"

@@ -5,7 +5,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from tests.oracle import oracle_image, oracle_seed
-from userdiff import UserConditionEncoder, generate_samples, sampling
+from userdiff import UserConditionEncoder, generate_samples
+from userdiff.diffusion import sampler as sampling
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_on_step_is_asked_before_every_pass_and_ends_the_loop(live):
 
 
 def sampling_scheduler(live):
-    from userdiff.models import ddim_scheduler
+    from userdiff.diffusion.checkpoint import ddim_scheduler
 
     return ddim_scheduler(live["noise_scheduler"])
 

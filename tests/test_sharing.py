@@ -11,12 +11,14 @@ from torch.distributed import HashStore
 
 from tests.checkpoints import model_flags
 from tests.jobs import run_job, tree
-from userdiff import audit, contact, sharing
 from userdiff.config import UsageError, parse_args
-from userdiff.coordination import Coordinator
-from userdiff.halting import Failed, Interrupt
-from userdiff.loading import load_model
-from userdiff.runner import run_process
+from userdiff.diffusion.model import load_model
+from userdiff.job import shared_folder as sharing
+from userdiff.job import store_client as contact
+from userdiff.job.run import run_process
+from userdiff.job.store import Coordinator
+from userdiff.shutdown import Failed, Interrupt
+from userdiff.tools import audit
 
 LEFT_BY_A_KILL = ".userdiff.shared-0123456789abcdef"
 

@@ -17,7 +17,7 @@ import pytest
 from tests.checkpoints import model_flags
 from tests.jobs import ROOT, finish, launch, run_job, start, tree
 from tests.processes import descendants, process_table, read_stat, send
-from userdiff.record import RunRecord
+from userdiff.dataset.run_record import RunRecord
 
 SCRIPT = ROOT / "accelerate_configs" / "slurm.sh"
 
@@ -317,7 +317,7 @@ import os
 import signal
 import sys
 from userdiff.cli import generate
-from userdiff.manifest import PartWriter
+from userdiff.dataset.manifest import PartWriter
 
 append, rows = PartWriter.append, []
 

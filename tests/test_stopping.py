@@ -16,13 +16,14 @@ from diffusers import UNet2DConditionModel
 from tests.checkpoints import model_flags
 from tests.jobs import finish, launch, play_processes, run_job, start, tree
 from tests.processes import Job, our_tracebacks, send
-from userdiff import audit, images
-from userdiff.halting import Failed, Stopped
-from userdiff.manifest import PartWriter
+from userdiff.dataset import images
+from userdiff.dataset.manifest import PartWriter
+from userdiff.shutdown import Failed, Stopped
+from userdiff.tools import audit
 
 IMPATIENT = """
 import sys
-from userdiff import contact
+from userdiff.job import store_client as contact
 contact.LOST_AFTER_PULSES = 5
 from userdiff.cli import generate
 sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.test_manifest import ANY_ROWS, HEADER, ROWS, line
-from userdiff.table import BELIEVED, CLAIMED, COLUMNS, FINISHED, Table, read_rows
+from userdiff.dataset.rows import BELIEVED, CLAIMED, COLUMNS, FINISHED, Table, read_rows
 
 
 @pytest.fixture(scope="module")

@@ -8,23 +8,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from userdiff.conditioning import UserConditionEncoder
     from userdiff.config import JobConfig, UsageError, parse_args
-    from userdiff.loading import load_model
-    from userdiff.planning import item_seed
-    from userdiff.reproducing import make_image
-    from userdiff.training import generate_samples
+    from userdiff.diffusion.conditioning import UserConditionEncoder
+    from userdiff.diffusion.model import load_model
+    from userdiff.diffusion.training_loop import generate_samples
+    from userdiff.seeds import item_seed
+    from userdiff.tools.reproduce import make_image
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "JobConfig": "config",
     "UsageError": "config",
-    "UserConditionEncoder": "conditioning",
-    "generate_samples": "training",
-    "item_seed": "planning",
-    "load_model": "loading",
-    "make_image": "reproducing",
+    "UserConditionEncoder": "diffusion.conditioning",
+    "generate_samples": "diffusion.training_loop",
+    "item_seed": "seeds",
+    "load_model": "diffusion.model",
+    "make_image": "tools.reproduce",
     "parse_args": "config",
 }
 __all__ = [

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from userdiff.config import UsageError, parse_args
-from userdiff.halting import Halted, Interrupt, Stopped, refusal
-from userdiff.parsing import natural_number, path
+from userdiff.shutdown import Halted, Interrupt, Stopped, refusal
+from userdiff.text import natural_number, path
 
 _LISTED = 20  # problems of a kind; --deep on a broken disk may find thousands
 _REMEDIES = {  # of what `verify` finds
@@ -105,7 +105,7 @@ def _generate(argv: Sequence[str] | None, prog: str) -> int:
     # where the launcher is killed, torch would bury our last line under the stacks of every failed send
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     gc.disable()  # a tenth of the time goes into looking for garbage among what is only being made
-    from userdiff.runner import run  # torch takes seconds to load, --help must not
+    from userdiff.job.run import run  # torch takes seconds to load, --help must not
 
     gc.enable()
     try:
@@ -124,8 +124,8 @@ def _generate(argv: Sequence[str] | None, prog: str) -> int:
 
 def status(output_dir: Path) -> int:
     """Say how far a dataset is and how its last run ended: images done, missing and failed, user by user."""
-    from userdiff import audit
-    from userdiff.facts import count
+    from userdiff.tools import audit
+    from userdiff.tools.run_summary import count
 
     found = audit.read_status(output_dir)
     print(f"{output_dir}: {found.state}{f' ({found.detail})' if found.detail else ''}")
@@ -149,7 +149,9 @@ def status(output_dir: Path) -> int:
 
 def verify(output_dir: Path, deep: bool = False) -> int:
     """Compare a dataset's rows with its files: what is missing, changed, unrecorded, unmerged or foreign."""
-    from userdiff import audit, progress, record
+    from userdiff.dataset import run_record as record
+    from userdiff.job import progress
+    from userdiff.tools import audit
 
     problems = audit.verify(output_dir, deep=deep, track=progress.show_reading)
     kinds = Counter(problem.kind for problem in problems)
@@ -177,7 +179,9 @@ def merge(output_dir: list[Path], into: Path | None = None) -> int:
 
     With --into: join the datasets of independent jobs, which may be interrupted, in one folder; they stay as they are.
     """
-    from userdiff import audit, manifest, progress
+    from userdiff.dataset import manifest
+    from userdiff.job import progress
+    from userdiff.tools import audit
 
     if into is not None:
         return _join(output_dir, into)
@@ -189,7 +193,9 @@ def merge(output_dir: list[Path], into: Path | None = None) -> int:
 
 
 def _join(sources: list[Path], into: Path) -> int:
-    from userdiff import images, joining, manifest, progress
+    from userdiff.dataset import images, manifest
+    from userdiff.job import progress
+    from userdiff.tools import joining
 
     try:
         with Interrupt().listen() as interrupt:
@@ -215,7 +221,9 @@ def _join(sources: list[Path], into: Path) -> int:
 
 def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, scale: int = 2) -> int:
     """Write a folder's `preview.html` from its manifest, and `picture` with the first `columns` images of each user."""
-    from userdiff import gallery, images, manifest, record
+    from userdiff.dataset import images, manifest
+    from userdiff.dataset import run_record as record
+    from userdiff.tools import preview as gallery
 
     rows = manifest.listed_images(output_dir)
     if picture is not None:
@@ -234,7 +242,7 @@ def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, sc
 
 
 def _check_picture(path: Path) -> None:
-    from userdiff.images import PICTURE_SUFFIXES
+    from userdiff.dataset.images import PICTURE_SUFFIXES
 
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         needed = " or ".join(PICTURE_SUFFIXES)
@@ -250,7 +258,10 @@ def inspect(output_dir: Path, real: Path | None = None, json: Path | None = None
 
     Damaged images are named and passed over.
     """
-    from userdiff import findings, images, inspection, progress
+    from userdiff.dataset import images
+    from userdiff.job import progress
+    from userdiff.tools import inspect as inspection
+    from userdiff.tools import inspect_report as findings
 
     report = inspection.inspect(output_dir, real, track=progress.show_reading)
     if json is not None:
@@ -262,7 +273,7 @@ def inspect(output_dir: Path, real: Path | None = None, json: Path | None = None
 
 def _say_error(line: str, status: int, *, is_alone: bool = False) -> int:
     """Print one line, once: the main process does, before any process of the launch leaves. Returns `status`."""
-    from userdiff.progress import unheard
+    from userdiff.job.progress import unheard
 
     def say() -> None:
         with unheard(sys.stderr):
@@ -271,7 +282,7 @@ def _say_error(line: str, status: int, *, is_alone: bool = False) -> int:
     if is_alone or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         say()
         return status
-    from userdiff.coordination import connect
+    from userdiff.job.store import connect
 
     try:
         with connect(patience=_SAY_PATIENCE) as coordinator:

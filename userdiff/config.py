@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from userdiff.parsing import MAX_USERS, id_range, number, path, whole_number
+from userdiff.text import MAX_USERS, id_range, number, path, whole_number
 
 BUNDLED_CHECKPOINT = Path(__file__).parent / "demo" / "checkpoint"
 BUNDLED_NUM_USERS = 10

@@ -5,7 +5,6 @@ import torch
 from sklearn.pipeline import Pipeline
 from torch import Tensor
 
-from userdiff.conditioning import UserConditionEncoder, load_condition_encoder
 from userdiff.demo.quality import (
     CHECKPOINT,
     NUM_USERS,
@@ -16,8 +15,9 @@ from userdiff.demo.quality import (
     train_classifier,
     train_plain_classifier,
 )
-from userdiff.models import ddim_scheduler, load_noise_scheduler, load_unet, load_vae
-from userdiff.sampling import decode, denoise, initial_latents, item_generators, latents_shape, to_uint8
+from userdiff.diffusion.checkpoint import ddim_scheduler, load_noise_scheduler, load_unet, load_vae
+from userdiff.diffusion.conditioning import UserConditionEncoder, load_condition_encoder
+from userdiff.diffusion.sampler import decode, denoise, initial_latents, item_generators, latents_shape, to_uint8
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from userdiff.conditioning import load_condition_encoder
 from userdiff.demo.digits import NUM_USERS
 from userdiff.demo.quality import CHECKPOINT
 from userdiff.demo.train import new_vae, normalise_latents, parse_args, publish, stratified_timesteps, train
-from userdiff.models import check_agreement, ddim_scheduler, load_noise_scheduler, load_unet, load_vae
+from userdiff.diffusion.checkpoint import check_agreement, ddim_scheduler, load_noise_scheduler, load_unet, load_vae
+from userdiff.diffusion.conditioning import load_condition_encoder
 
 TINY = {
     "vae_steps": "3",

@@ -17,11 +17,11 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import SVC
 from torch import Tensor
 
-from userdiff.conditioning import load_condition_encoder
 from userdiff.config import BUNDLED_CHECKPOINT
 from userdiff.demo.digits import NUM_USERS, load_digits
-from userdiff.models import load_noise_scheduler, load_unet, load_vae
-from userdiff.training import generate_samples
+from userdiff.diffusion.checkpoint import load_noise_scheduler, load_unet, load_vae
+from userdiff.diffusion.conditioning import load_condition_encoder
+from userdiff.diffusion.training_loop import generate_samples
 
 CHECKPOINT = BUNDLED_CHECKPOINT
 NUM_HELD_OUT = 1000

@@ -23,11 +23,11 @@ from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from userdiff.conditioning import FILE_STEM, UserConditionEncoder
 from userdiff.demo.digits import IMAGE_SIZE, NUM_USERS, load_digits
 from userdiff.demo.quality import CHECKPOINT, report
-from userdiff.models import load_noise_scheduler, load_vae
-from userdiff.training import generate_samples
+from userdiff.diffusion.checkpoint import load_noise_scheduler, load_vae
+from userdiff.diffusion.conditioning import FILE_STEM, UserConditionEncoder
+from userdiff.diffusion.training_loop import generate_samples
 
 KL_WEIGHT = 1e-4  # per latent value, beside an error per pixel value: noise of about 1 % of the range
 L1_WEIGHT = 0.1  # flat black background, sharper strokes than the squared error alone

@@ -6,10 +6,11 @@ from itertools import groupby, repeat
 from pathlib import Path
 from typing import NamedTuple
 
-from userdiff import manifest, record
-from userdiff.manifest import Finished, Recipe, Track
-from userdiff.record import NUMERICS_DEFAULTS, RECORD_NAME, RunRecord
-from userdiff.table import Item, Row, Table
+from userdiff.dataset import manifest
+from userdiff.dataset.manifest import Finished, Recipe, Track
+from userdiff.dataset.rows import Item, Row, Table
+from userdiff.dataset.run_record import NUMERICS_DEFAULTS, RECORD_NAME, RunRecord
+from userdiff.identity import describe_differences
 
 
 class Dataset(NamedTuple):
@@ -96,7 +97,7 @@ def _changes(one: RunRecord, first: Path, other: RunRecord, second: Path) -> str
     def tell(name: str, before: str, after: str) -> str:
         return f"{name} is {before} in {first}, {after} in {second}"
 
-    return record.tell_differences(one.identity, other.identity, tell)
+    return describe_differences(one.identity, other.identity, tell)
 
 
 def _refuse_unknown(into: Path) -> None:

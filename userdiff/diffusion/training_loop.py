@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from userdiff.conditioning import UserConditionEncoder
-from userdiff.models import ddim_scheduler
-from userdiff.planning import item_seed
-from userdiff.sampling import decode, denoise, initial_latents, item_generators, latents_shape, to_uint8
+from userdiff.diffusion.checkpoint import ddim_scheduler
+from userdiff.diffusion.conditioning import UserConditionEncoder
+from userdiff.diffusion.sampler import decode, denoise, initial_latents, item_generators, latents_shape, to_uint8
+from userdiff.seeds import item_seed
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from userdiff import manifest
-from userdiff.audit import IMAGE_SUFFIXES
-from userdiff.likeness import NEAR, Likeness, likeness, nearest
-from userdiff.manifest import Track
+from userdiff.dataset import manifest
+from userdiff.dataset.manifest import Track
+from userdiff.tools.audit import IMAGE_SUFFIXES
+from userdiff.tools.similarity import NEAR, Likeness, likeness, nearest
 
 COPY_DIFFERENCE = 0.1  # the closest two of 4,400 handwritten digits have 0.11, noise of 4 levels makes 0.04
 FLAT_CONTRAST = 2.0  # levels of 255

@@ -11,8 +11,8 @@ from pathlib import Path
 from threading import Thread
 
 from userdiff.config import UsageError, errors_of
-from userdiff.coordination import Coordinator
-from userdiff.halting import Halted
+from userdiff.job.store import Coordinator
+from userdiff.shutdown import Halted
 
 LOOK_SECONDS = 0.2
 NUM_LOOKS = 450  # 90 s: network file systems keep what they know of a folder for up to a minute

@@ -1,11 +1,10 @@
 """Which images there are, which seed and which row of a batch each has, and what is left. Pure arithmetic."""
 
-import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -13,21 +12,6 @@ from numpy.typing import NDArray
 
 PADDING = -1  # in a batch: a row that computes nothing of use
 _GOLDEN_RATIO = 2654435769  # 2^32 / golden ratio: Fibonacci hashing, Knuth, TAOCP 3, 6.4
-
-
-def item_seed(base_seed: int, user_id: int, image_index: int) -> int:
-    """Seed of one image, in [0, 2^32): all that a torch CPU generator keeps. One to one within a user."""
-    return (_user_seed(base_seed, user_id) + image_index) % 2**32
-
-
-def item_seeds(base_seed: int, user_id: int, image_indices: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Seeds of a user's images, as `item_seed` gives them: [number] image indices -> [number]."""
-    return (_user_seed(base_seed, user_id) + image_indices.astype(np.int64)) % 2**32
-
-
-@lru_cache(maxsize=4096)
-def _user_seed(base_seed: int, user_id: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{base_seed}:{user_id}".encode(), digest_size=4).digest(), "big")
 
 
 def seats(user_ids: NDArray[np.int64], image_indices: NDArray[np.int64], batch_size: int) -> NDArray[np.int64]:

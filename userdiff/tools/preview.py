@@ -12,11 +12,11 @@ from urllib.parse import quote
 
 from PIL import Image, ImageDraw
 
-from userdiff import manifest
-from userdiff.facts import count, facts, notices
-from userdiff.record import RunRecord
-from userdiff.table import Row, Table
-from userdiff.thumbnails import Thumbnail, make_thumbnail
+from userdiff.dataset import manifest
+from userdiff.dataset.rows import Row, Table
+from userdiff.dataset.run_record import RunRecord
+from userdiff.tools.run_summary import count, facts, notices
+from userdiff.tools.thumbnails import Thumbnail, make_thumbnail
 
 PREVIEW_NAME = "preview.html"
 IMAGES_SHOWN = 16  # of each user, its first
@@ -42,7 +42,7 @@ def preview_page(
 
     ended: when the record's last run ended, where that is now and its entry does not say so yet.
     """
-    template = files("userdiff").joinpath("preview_template.html").read_text(encoding="utf-8")
+    template = files("userdiff.tools").joinpath("preview_template.html").read_text(encoding="utf-8")
     told = facts(run_record, ended) if run_record else ()
     values = {
         "policy": _policy(template),

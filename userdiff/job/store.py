@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 from torch.distributed import DistError, Store
 
-from userdiff import contact, launcher
-from userdiff.halting import Failed, Halted, Interrupt, Stopped
+from userdiff.job import launcher
+from userdiff.job import store_client as contact
+from userdiff.shutdown import Failed, Halted, Interrupt, Stopped
 
 POLL_SECONDS = 0.05
 

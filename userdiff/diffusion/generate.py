@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from userdiff import sampling
-from userdiff.acceleration import token_vectors
 from userdiff.config import JobConfig
-from userdiff.cuda_graph import GraphedUNet
-from userdiff.halting import Failed
-from userdiff.loading import JobModel
-from userdiff.planning import item_seed
-from userdiff.table import Item
+from userdiff.diffusion import sampler as sampling
+from userdiff.diffusion.acceleration import token_vectors
+from userdiff.diffusion.cuda_graph import GraphedUNet
+from userdiff.diffusion.model import JobModel
+from userdiff.seeds import Item, item_seed
+from userdiff.shutdown import Failed
 
 HEADROOM = 2**30  # bytes that a GPU should have free: with less, cuDNN may take another kernel, and round otherwise
 

@@ -7,15 +7,19 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from userdiff import console, images, launcher, manifest, record, sharing
 from userdiff.config import JobConfig, UsageError, errors_of
-from userdiff.coordination import Coordinator
-from userdiff.gallery import PREVIEW_NAME
-from userdiff.halting import Failed, Halted, Interrupt, Stopped, refusal
-from userdiff.parsing import format_ids
-from userdiff.planning import Plan
-from userdiff.record import RunRecord
-from userdiff.table import Item
+from userdiff.dataset import images, manifest
+from userdiff.dataset import run_record as record
+from userdiff.dataset.run_record import RunRecord
+from userdiff.identity import describe_differences, identity_hash
+from userdiff.job import console, launcher
+from userdiff.job import shared_folder as sharing
+from userdiff.job.plan import Plan
+from userdiff.job.store import Coordinator
+from userdiff.seeds import Item
+from userdiff.shutdown import Failed, Halted, Interrupt, Stopped, refusal
+from userdiff.text import format_ids
+from userdiff.tools.preview import PREVIEW_NAME
 
 LEAVE_SECONDS = 7.0  # for the others to write what they have computed, when a job ends early
 
@@ -65,7 +69,7 @@ def _checked_record(config: JobConfig, identity: dict[str, Any], interrupt: Inte
         old = RunRecord.read(config.output_dir)
     if old is None:
         with interrupt.abandonable():
-            _refuse_foreign(config.output_dir, record.identity_hash(identity))
+            _refuse_foreign(config.output_dir, identity_hash(identity))
     else:
         _refuse_other_identity(config, old, identity)
     return old
@@ -101,7 +105,7 @@ def _refuse_foreign(output_dir: Path, run: str | None = None) -> None:
 
 
 def _refuse_other_identity(config: JobConfig, old: RunRecord, identity: dict[str, Any]) -> None:
-    if changed := record.tell_differences(old.identity, identity):
+    if changed := describe_differences(old.identity, identity):
         precisions = [one.get("mixed_precision", "no") for one in (old.identity, identity)]
         keeps = f"--mixed_precision {precisions[0]} keeps that; " if precisions[0] != precisions[1] else ""
         raise UsageError(

@@ -7,20 +7,21 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-from userdiff import acceleration, models
-from userdiff.acceleration import Compilation
-from userdiff.conditioning import (
+from userdiff.config import JobConfig, UsageError, errors_of
+from userdiff.diffusion import acceleration
+from userdiff.diffusion import checkpoint as models
+from userdiff.diffusion.acceleration import Compilation
+from userdiff.diffusion.conditioning import (
     IncompatibleWeightsError,
     UserConditionEncoder,
     load_condition_encoder,
     random_condition_encoder,
     user_index_map,
 )
-from userdiff.config import JobConfig, UsageError, errors_of
-from userdiff.cuda_graph import GraphedUNet
-from userdiff.parsing import format_ids
-from userdiff.record import identity_hash, make_identity
-from userdiff.sampling import latents_shape
+from userdiff.diffusion.cuda_graph import GraphedUNet
+from userdiff.diffusion.sampler import latents_shape
+from userdiff.identity import identity_hash, make_identity
+from userdiff.text import format_ids
 
 MAX_JOB_IMAGES = 10**8  # the plan of so many takes gigabytes
 _CPU = torch.device("cpu")

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from userdiff import images, manifest
-from userdiff.facts import count
-from userdiff.manifest import Recipe, Track
-from userdiff.parsing import id_range
-from userdiff.record import RECORD_NAME, RunRecord, folder_lock, lock_holder
-from userdiff.table import COLUMNS, Item, Row, Table
+from userdiff.dataset import images, manifest
+from userdiff.dataset.manifest import Recipe, Track
+from userdiff.dataset.rows import COLUMNS, Item, Row, Table
+from userdiff.dataset.run_record import RECORD_NAME, RunRecord, folder_lock, lock_holder
+from userdiff.text import id_range
+from userdiff.tools.run_summary import count
 
 LITTLE_ROOM = 2**16  # bytes
 FLAT_TOLERANCE = 1.5  # times the size of a black image's file, whose text may be longer

@@ -10,18 +10,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from userdiff import images, progress
 from userdiff.config import JobConfig
-from userdiff.coordination import Coordinator
-from userdiff.facts import count
-from userdiff.gallery import PREVIEW_NAME
-from userdiff.halting import Halted
-from userdiff.images import file_name
-from userdiff.loading import JobModel
-from userdiff.manifest import MANIFEST_NAME, Finished
-from userdiff.parsing import format_ids
-from userdiff.planning import Plan
-from userdiff.table import Item, Table
+from userdiff.dataset import images
+from userdiff.dataset.images import file_name
+from userdiff.dataset.manifest import MANIFEST_NAME, Finished
+from userdiff.dataset.rows import Item, Table
+from userdiff.diffusion.model import JobModel
+from userdiff.job import progress
+from userdiff.job.plan import Plan
+from userdiff.job.store import Coordinator
+from userdiff.shutdown import Halted
+from userdiff.text import format_ids
+from userdiff.tools.preview import PREVIEW_NAME
+from userdiff.tools.run_summary import count
 
 _LISTED = 20  # images named one by one; more would bury what else is said
 _REFRESH_SECONDS = 0.2  # a DDIM step of a small model takes less, and need not ask the store each time

@@ -6,9 +6,9 @@ from datetime import datetime, timedelta
 from itertools import groupby
 from typing import Any
 
-from userdiff.parsing import format_ids
-from userdiff.record import RunRecord, changed_numerics
-from userdiff.table import Item, Table
+from userdiff.dataset.rows import Item, Table
+from userdiff.dataset.run_record import RunRecord, changed_numerics
+from userdiff.text import format_ids
 
 _FAILED_LISTED = 100
 _CHARS = 300  # of a fact; a mapping of many users has more

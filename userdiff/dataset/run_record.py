@@ -2,39 +2,29 @@
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
+
+from userdiff.identity import differences, identity_hash
 
 RECORD_NAME = "run.json"
 LOCK_NAME = ".userdiff.lock"
 WRITERS_NAME = ".userdiff.writers"
 WRITERS_SECONDS = 15.0  # for those of a job that was just killed to go
 LOCK_SECONDS = 1.0  # whoever just looks whether a folder is held has it for an instant
-IDENTITY_DEFAULTS = {
-    "eta": 0.0,
-    "mixed_precision": "no",
-    "vae_precision": "default",
-    "vae_output_range": "unit",
-    "conditioning": "trained",
-}
-"""An option at its default is left out of the identity. `vae_precision` is noted where fp16 has the VAE in bf16."""
 NUMERICS_DEFAULTS = {"png_compress_level": 6}
 """What records say that do not say it."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
-_BRIEF = 12  # characters of a value in a message
-_LISTED = 3  # changed fields of one mapping, such as that of the users
 
 
 @dataclass(kw_only=True)
@@ -85,28 +75,6 @@ class RunRecord:
         return record
 
 
-def make_identity(required: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Put an identity together; of the options, what is at its default (IDENTITY_DEFAULTS) is left out."""
-    chosen = {name: value for name, value in options.items() if value != IDENTITY_DEFAULTS[name]}
-    identity: dict[str, Any] = json.loads(json.dumps({**required, **chosen}))  # as it will read back
-    return identity
-
-
-def identity_hash(identity: Mapping[str, Any]) -> str:
-    """Hash an identity: 64 hex digits of the SHA-256 of its canonical JSON."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Find the fields in which two identities differ, as (dotted name, old value, new value); None is "left out"."""
-    for name in sorted({*old, *new}):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            yield f"{prefix}{name}", before, after
-
-
 def changed_numerics(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Find the numerics in which two runs differ, as (name, old value, new value).
 
@@ -116,32 +84,6 @@ def changed_numerics(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator
     for name, before, after in differences({**NUMERICS_DEFAULTS, **old}, {**NUMERICS_DEFAULTS, **new}):
         if before is not None and after is not None:
             yield name, before, after
-
-
-def _was_and_is(name: str, before: str, after: str) -> str:
-    return f"{name} was {before}, is {after}"
-
-
-def tell_differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], tell: Callable[[str, str, str], str] = _was_and_is
-) -> str:
-    """Name all fields in which two identities differ, with both values; of a mapping in them, such as the users', a few.
-
-    tell: words one field, given its dotted name and the values as a message shows them.
-    """
-    texts: list[str] = []
-    for parent, fields in groupby(differences(old, new), key=lambda field: field[0].rpartition(".")[0]):
-        changed = list(fields)
-        shown = changed[:_LISTED] if parent else changed
-        texts += [tell(name, _brief(name, before), _brief(name, after)) for name, before, after in shown]
-        texts += [f"and {len(changed) - _LISTED} more of {parent}"] if len(changed) > len(shown) else []
-    return "; ".join(texts)
-
-
-def _brief(name: str, value: Any) -> str:
-    """Show a field's value in a message: of a hash, enough to tell it from another."""
-    text = str(IDENTITY_DEFAULTS.get(name, "absent") if value is None else value)
-    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."
 
 
 def now() -> str:

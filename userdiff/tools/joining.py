@@ -11,13 +11,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from userdiff import agreement, gallery, images, manifest, record
-from userdiff.agreement import Copies, Plan
-from userdiff.halting import Failed, Halted, Interrupt, Stopped, refusal
-from userdiff.manifest import Track
-from userdiff.parsing import format_ids, id_range
-from userdiff.record import RECORD_NAME, RunRecord
-from userdiff.table import Item, Row, Table
+from userdiff.dataset import images, manifest
+from userdiff.dataset import run_record as record
+from userdiff.dataset.manifest import Track
+from userdiff.dataset.rows import Item, Row, Table
+from userdiff.dataset.run_record import RECORD_NAME, RunRecord
+from userdiff.shutdown import Failed, Halted, Interrupt, Stopped, refusal
+from userdiff.text import format_ids, id_range
+from userdiff.tools import agreement
+from userdiff.tools import preview as gallery
+from userdiff.tools.agreement import Copies, Plan
 
 _SLICE = 1000  # images; whoever stops listening waits for no more than that
 _TASK = 25  # of them, for a thread: a link takes less than handing it over

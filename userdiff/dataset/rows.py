@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from userdiff import images
+from userdiff.dataset import images
+from userdiff.seeds import Item
 
 CONDITIONINGS = ("trained", "random")
 CLAIMED, BELIEVED, FINISHED = 1, 2, 3
@@ -45,8 +46,6 @@ _LINE = re.compile(
 _PIECE_BYTES = 2**18  # some 2,000 lines, whose objects fit into a cache
 
 T = TypeVar("T")
-Item = tuple[int, int]
-"""(user_id, image_index)"""
 
 
 class Row(NamedTuple):

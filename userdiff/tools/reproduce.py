@@ -6,15 +6,16 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from userdiff import computing
 from userdiff.config import DEFAULT_BATCH_SIZE, DEFAULT_COMPRESS_LEVEL, MAX_IMAGES_PER_USER, JobConfig
-from userdiff.images import encode_png
-from userdiff.loading import JobModel
-from userdiff.manifest import Recipe
-from userdiff.parsing import format_ids
-from userdiff.planning import seats
-from userdiff.record import RunRecord, tell_differences
-from userdiff.table import Item
+from userdiff.dataset.images import encode_png
+from userdiff.dataset.manifest import Recipe
+from userdiff.dataset.run_record import RunRecord
+from userdiff.diffusion import generate as computing
+from userdiff.diffusion.model import JobModel
+from userdiff.identity import describe_differences
+from userdiff.job.plan import seats
+from userdiff.seeds import Item
+from userdiff.text import format_ids
 
 
 def make_image(config: JobConfig, model: JobModel, user_id: int, image_index: int) -> bytes:
@@ -48,7 +49,7 @@ def _of_folder(config: JobConfig, model: JobModel) -> tuple[int, int]:
     """Return the batch size and the level of compression: the flags', else the folder's, else those of a new one."""
     record = RunRecord.read(config.output_dir)
     if record and record.run != model.run:
-        changed = tell_differences(record.identity, model.identity)
+        changed = describe_differences(record.identity, model.identity)
         raise ValueError(f"--output_dir: {config.output_dir} holds images made otherwise ({changed})")
     numerics = record.numerics if record else {}
     batch_size = config.batch_size or numerics.get("batch_size", DEFAULT_BATCH_SIZE[model.device.type])

@@ -20,29 +20,24 @@ from accelerate import PartialState
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin, parse_choice_from_env, parse_flag_from_env
 from numpy.typing import NDArray
 
-from userdiff import (
-    audit,
-    computing,
-    console,
-    coordination,
-    folder,
-    gallery,
-    halting,
-    images,
-    launcher,
-    manifest,
-    progress,
-    record,
-    sharing,
-)
-from userdiff.acceleration import Compilation
+from userdiff import shutdown as halting
 from userdiff.config import DEFAULT_BATCH_SIZE, DEFAULT_COMPRESS_LEVEL, JobConfig, UsageError, errors_of
-from userdiff.coordination import Coordinator
-from userdiff.halting import Halted, Interrupt
-from userdiff.loading import JobModel, has_bf16, load_model
-from userdiff.planning import PADDING, Plan, make_plan
-from userdiff.record import RunRecord
-from userdiff.table import Item, Table
+from userdiff.dataset import images, manifest
+from userdiff.dataset import run_record as record
+from userdiff.dataset.rows import Item, Table
+from userdiff.dataset.run_record import RunRecord
+from userdiff.diffusion import generate as computing
+from userdiff.diffusion.acceleration import Compilation
+from userdiff.diffusion.model import JobModel, has_bf16, load_model
+from userdiff.job import console, launcher, progress
+from userdiff.job import output_folder as folder
+from userdiff.job import shared_folder as sharing
+from userdiff.job import store as coordination
+from userdiff.job.plan import PADDING, Plan, make_plan
+from userdiff.job.store import Coordinator
+from userdiff.shutdown import Halted, Interrupt
+from userdiff.tools import audit
+from userdiff.tools import preview as gallery
 
 WRITER_THREADS = 4
 PENDING_BATCHES = 2  # waiting to be encoded and written while the next computes; more would only hold memory

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from textwrap import wrap
 
-from userdiff import inspection
-from userdiff.facts import count
-from userdiff.inspection import Oddity, Pair, Report, UserFigures
-from userdiff.likeness import Likeness
+from userdiff.tools import inspect as inspection
+from userdiff.tools.inspect import Oddity, Pair, Report, UserFigures
+from userdiff.tools.run_summary import count
+from userdiff.tools.similarity import Likeness
 
 USERS_SHOWN = 100
 NAMES_SHOWN = 20

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from userdiff import images
-from userdiff.planning import item_seed, item_seeds
-from userdiff.table import BELIEVED, CLAIMED, FINISHED, HEADER, Item, Row, Table, is_last, slices
+from userdiff.dataset import images
+from userdiff.dataset.rows import BELIEVED, CLAIMED, FINISHED, HEADER, Item, Row, Table, is_last, slices
+from userdiff.seeds import item_seed, item_seeds
 
 MANIFEST_NAME = "manifest.csv"
 READER_THREADS = 8
