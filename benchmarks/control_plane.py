@@ -25,15 +25,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from userdiff.dataset import images, manifest
-from userdiff.dataset import run_record as record
-from userdiff.dataset.manifest import Recipe
-from userdiff.dataset.rows import BELIEVED, HEADER, Table
+from userdiff.dataset import layout, scan
+from userdiff.dataset.manifest import manifest_sha256, write_manifest
+from userdiff.dataset.recipe import Recipe
+from userdiff.dataset.rows import HEADER, Rows, Trust
+from userdiff.dataset.run_record import RunEntry, RunRecord
 from userdiff.identity import identity_hash
 from userdiff.job.plan import Plan, make_plan
 from userdiff.seeds import item_seed
-from userdiff.tools import audit
-from userdiff.tools import preview as gallery
+from userdiff.tools.preview import preview_page
+from userdiff.tools.status import read_status
+from userdiff.tools.verify import verify as find_problems
 
 NUM_USERS = 31
 BATCH_SIZE = 64
@@ -54,7 +56,7 @@ def lines(num_images: int) -> Iterator[str]:
     """Give the rows of a dataset, in order."""
     for user_id in range(1, NUM_USERS + 1):
         for index in range(per_user(num_images)):
-            name = images.file_name(user_id, index)
+            name = layout.file_name(user_id, index)
             digest = hashlib.sha256(name.encode()).hexdigest()
             yield f"{name},{user_id},{index},{item_seed(42, user_id, index)},20,trained,128,128,0,{digest}\n"
 
@@ -63,8 +65,8 @@ def make_dataset(folder: Path, num_images: int, *, with_files: bool) -> None:
     """Write a finished dataset; beside it, in `parts`, the rows as eight processes leave them."""
     parts = folder / "parts"
     parts.mkdir(parents=True)
-    with open(folder / manifest.MANIFEST_NAME, "w") as whole:
-        files = [open(manifest.part_path(parts, number), "w") for number in range(NUM_PARTS)]  # noqa: SIM115
+    with open(folder / layout.MANIFEST_NAME, "w") as whole:
+        files = [open(layout.part_path(parts, number), "w") for number in range(NUM_PARTS)]  # noqa: SIM115
         for file in (whole, *files):
             file.write(HEADER)
         for number, line in enumerate(lines(num_images)):
@@ -72,21 +74,29 @@ def make_dataset(folder: Path, num_images: int, *, with_files: bool) -> None:
             files[number // BATCH_SIZE % NUM_PARTS].write(line)
         for file in files:
             file.close()
-    entry = {"state": "ended", "user_ids": f"1-{NUM_USERS}", "num_images_per_user": per_user(num_images), "failed": []}
-    run_record = record.RunRecord(identity=IDENTITY, numerics={"batch_size": BATCH_SIZE}, history=[entry])
-    run_record.manifest_sha256 = manifest.file_sha256(folder / manifest.MANIFEST_NAME)
-    (folder / record.RECORD_NAME).write_bytes(run_record.to_bytes())
+    numerics = {"batch_size": BATCH_SIZE}
+    entry = RunEntry(
+        started="2026-01-01T00:00:00+00:00",
+        state="ended",
+        num_processes=NUM_PARTS,
+        user_ids=f"1-{NUM_USERS}",
+        num_images_per_user=per_user(num_images),
+        numerics=numerics,
+    )
+    run_record = RunRecord(identity=IDENTITY, numerics=numerics, history=[entry])
+    run_record.manifest_sha256 = manifest_sha256(folder)
+    run_record.publish(folder)
     for user_id in range(1, NUM_USERS + 1) if with_files else ():
         (folder / f"user_{user_id:02d}").mkdir()
         for index in range(per_user(num_images)):
-            os.close(os.open(folder / images.file_name(user_id, index), os.O_CREAT | os.O_WRONLY))
+            os.close(os.open(folder / layout.file_name(user_id, index), os.O_CREAT | os.O_WRONLY))
 
 
-def made_up_folders(num_images: int) -> Iterator[images.UserFolder]:
+def made_up_folders(num_images: int) -> Iterator[scan.UserFolder]:
     """Give what a walk would find."""
     for user_id in range(1, NUM_USERS + 1):
         indices = np.arange(per_user(num_images), dtype=np.uint32)
-        yield images.UserFolder(f"user_{user_id:02d}", user_id, indices, np.full_like(indices, 0), [])
+        yield scan.UserFolder(f"user_{user_id:02d}", user_id, indices, np.full_like(indices, 0), [])
 
 
 # What is measured ----------------------------------------------------------------------------------------------------
@@ -102,7 +112,7 @@ def bare_walk(folder: Path, num_images: int) -> None:
 
 def bare_csv(folder: Path, num_images: int) -> None:
     """Read the manifest."""
-    with open(folder / manifest.MANIFEST_NAME, newline="") as file:
+    with open(folder / layout.MANIFEST_NAME, newline="") as file:
         for _ in csv.reader(file):
             pass
 
@@ -110,7 +120,7 @@ def bare_csv(folder: Path, num_images: int) -> None:
 def bare_sort(folder: Path, num_images: int) -> None:
     """Read the parts, sort their rows, write a manifest."""
     rows: list[list[str]] = []
-    for path in manifest.part_paths(folder / "parts"):
+    for path in layout.part_paths(folder / "parts"):
         with open(path, newline="") as file:
             rows += list(csv.reader(file))[1:]
     rows.sort(key=lambda row: (int(row[1]), int(row[2])))
@@ -120,11 +130,11 @@ def bare_sort(folder: Path, num_images: int) -> None:
 
 def resume(folder: Path, num_images: int) -> None:
     """Find what is done, plan what is left, freeze it."""
-    run_record = record.RunRecord.read(folder)
-    found = manifest.find_finished(folder, RECIPE, run_record.manifest_sha256)
+    run_record = RunRecord.read(folder)
+    found = scan.find_finished(folder, RECIPE, run_record.manifest_sha256)
     plan = make_plan(range(1, NUM_USERS + 1), per_user(num_images), BATCH_SIZE, found.rows.image_indices())
-    if plan.num_waiting:
-        sys.exit(f"{plan.num_waiting} images were not found")
+    if plan.num_pending:
+        sys.exit(f"{plan.num_pending} images were not found")
     plan.to_bytes()
 
 
@@ -137,32 +147,31 @@ def begin(folder: Path, num_images: int) -> None:
 
 def merge(folder: Path, num_images: int) -> None:
     """Read the parts, sort their rows, write a manifest."""
-    rows = Table()
-    for path in manifest.part_paths(folder / "parts"):
-        rows.read(path, BELIEVED)
+    rows = Rows()
+    rows.read(layout.part_paths(folder / "parts"), Trust.RECORDED)
     target = folder / "merged"
     target.mkdir(exist_ok=True)
-    digest = manifest.write_manifest(target, rows.keep_best())
-    if digest != manifest.file_sha256(folder / manifest.MANIFEST_NAME):
+    digest = write_manifest(target, rows.keep_best())
+    if digest != manifest_sha256(folder):
         sys.exit("the merged manifest is another one")
 
 
 def status(folder: Path, num_images: int) -> None:
     """Say how far it is."""
-    if audit.read_status(folder).state != "complete":
+    if read_status(folder).state != "complete":
         sys.exit("the dataset is not complete")
 
 
 def verify(folder: Path, num_images: int) -> None:
     """Compare rows and files."""
-    problems = [problem for problem in audit.verify(folder) if problem.name not in {"parts", "merged"}]
+    problems = [problem for problem in find_problems(folder) if problem.name not in {"parts", "merged"}]
     if problems:
         sys.exit(str(problems[:3]))
 
 
 def preview(folder: Path, num_images: int) -> None:
     """Make the page."""
-    gallery.preview_page(folder, manifest.listed_images(folder))
+    preview_page(folder, scan.listed_rows(folder))
 
 
 PARTS: dict[str, Callable[[Path, int], None]] = {
@@ -186,7 +195,8 @@ TARGETS = [  # (of, against, at most)
 def measure(name: str, folder: Path, num_images: int, *, with_files: bool) -> None:
     """Run a part in this process; prints its seconds, and the bytes of its peak over what was there before."""
     if not with_files:
-        images.user_folders = lambda output_dir: made_up_folders(num_images)
+        for module in ("userdiff.dataset.scan", "userdiff.tools.status", "userdiff.tools.verify"):
+            sys.modules[module].user_folders = lambda output_dir: made_up_folders(num_images)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     PARTS[name](folder, num_images)
     seconds = time.perf_counter() - started

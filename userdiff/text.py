@@ -1,46 +1,30 @@
-"""What stands in a command line as text: paths, numbers, and users as ids and ranges."""
+"""How messages write counts, ids and refusals, and how ids are read back."""
 
 import argparse
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 MAX_USERS = 2**24
 _MAX_DIGITS = 4000  # Python refuses to read longer numbers
 
 
-def path(text: str) -> Path:
-    """Parse a path for argparse; an empty one, as of a shell variable that is not set, would mean the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("'' is not a path; the current folder is .")
-    return Path(text)
+def count(number: int, what: str, plural: str = "") -> str:
+    """Return a number of things in words: `1 image`, `2 images`."""
+    return f"{number} {what if number == 1 else plural or what + 's'}"
 
 
-def whole_number(text: str) -> int:
-    """Parse an int for argparse, which prints the message of what is raised here."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+def listed(names: Sequence[str], number: int = 0, limit: int = 20) -> str:
+    """Return names separated by commas: the first `limit`, and how many more there are; `number`, if not only these."""
+    more = max(number, len(names)) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
-def natural_number(text: str) -> int:
-    """Parse an int from 1 for argparse."""
-    value = whole_number(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is out of range, needed: 1 or more")
-    return value
-
-
-def number(text: str) -> float:
-    """Parse a float for argparse."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+def refusal(error: OSError) -> str:
+    """Return what a file system refused, and where."""
+    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
 
 
 def id_range(text: str) -> range:
-    """Parse one id or one range of ids: `5`, `10-15`."""
+    """Parse one id or one range of ids: `5`, `10-15`; raises argparse's error otherwise."""
     first, dash, last = text.partition("-")
     if not first.isdecimal() or (dash and not last.isdecimal()) or max(len(first), len(last)) > _MAX_DIGITS:
         hint = f"; with spaces: {' '.join(text.split(','))}" * ("," in text)
@@ -54,7 +38,7 @@ def id_range(text: str) -> range:
 
 
 def format_ids(ids: Iterable[int]) -> str:
-    """Write ids the way `--user_ids` reads them: `1-3 5`."""
+    """Return ids the way `--user_ids` reads them: `1-3 5`."""
     runs: list[list[int]] = []
     for user_id in sorted(ids):
         if runs and user_id == runs[-1][1] + 1:

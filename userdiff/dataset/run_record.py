@@ -1,30 +1,81 @@
-"""`run.json`: what decided the pixels, what they were computed with, how each run went; and the folder's lock."""
+"""`run.json`: what decided the pixels, what they were computed with, and how each run went."""
 
-import errno
-import fcntl
+import argparse
 import json
-import os
-import socket
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TextIO
+from types import NoneType
+from typing import Any
 
-from filelock import FileLock, Timeout
-
+from userdiff.dataset.atomic import publish
+from userdiff.dataset.layout import RECORD_NAME
 from userdiff.identity import differences, identity_hash
+from userdiff.seeds import Item
+from userdiff.shutdown import Stopped
+from userdiff.text import id_range
 
-RECORD_NAME = "run.json"
-LOCK_NAME = ".userdiff.lock"
-WRITERS_NAME = ".userdiff.writers"
-WRITERS_SECONDS = 15.0  # for those of a job that was just killed to go
-LOCK_SECONDS = 1.0  # whoever just looks whether a folder is held has it for an instant
 NUMERICS_DEFAULTS = {"png_compress_level": 6}
-"""What records say that do not say it."""
-_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+"""What holds for a record that was made before this was noted."""
+_ODD = (ValueError, LookupError, TypeError, AttributeError, OverflowError, argparse.ArgumentTypeError)
+
+
+@dataclass(kw_only=True)
+class RunEntry:
+    """How one run, of a job or of a merge, went."""
+
+    started: str
+    """ISO 8601, in UTC."""
+    ended: str | None = None
+    state: str = "running"
+    """`running`, `ended`, `failed`, or `stopped by signal N`. A killed run leaves `running`, and no lock."""
+    cause: str | None = None
+    """Why it did not come to its end."""
+    joined: list[str] | None = None
+    """Of a merge: the names of the folders that were joined."""
+    num_processes: int
+    user_ids: str
+    """The users that were asked for, as `--user_ids` has them: `1-3 5`."""
+    num_images_per_user: int
+    numerics: dict[str, Any]
+    published: int = 0
+    """Images that this run made."""
+    failed: list[Item] = field(default_factory=list)
+    """Images that were asked for and are not there."""
+
+    def __post_init__(self) -> None:
+        """Raise one of _ODD for what no run has written."""
+        kinds: dict[str, Any] = {
+            "started": str,
+            "ended": (str, NoneType),
+            "state": str,
+            "cause": (str, NoneType),
+            "user_ids": str,
+        }
+        kinds |= {"joined": (list, NoneType), "numerics": dict, "failed": list}
+        if not all(isinstance(getattr(self, name), kind) for name, kind in kinds.items()):
+            raise TypeError(self)
+        for number in (self.num_processes, self.num_images_per_user, self.published):
+            if type(number) is not int or number < 0:
+                raise TypeError(self)
+        self.failed = [(int(user_id), int(image_index)) for user_id, image_index in self.failed]
+        self.wanted()
+        self.seconds(datetime.now(timezone.utc))
+
+    def wanted(self) -> dict[int, int]:
+        """Return what was asked for: user id -> images."""
+        ids = (user_id for text in self.user_ids.split() for user_id in id_range(text))
+        return dict.fromkeys(ids, self.num_images_per_user)
+
+    def seconds(self, now: datetime | None = None) -> float | None:
+        """Return how long the run took, until `now` if it has not ended; None where that cannot be told."""
+        ended = datetime.fromisoformat(self.ended) if self.ended else now
+        return (ended - datetime.fromisoformat(self.started)).total_seconds() if ended else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as `run.json` has it."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("joined", None)}
 
 
 @dataclass(kw_only=True)
@@ -32,42 +83,72 @@ class RunRecord:
     """The content of `run.json`."""
 
     identity: dict[str, Any]
-    """What decides the pixels. Options at their default are left out, so a new option changes no hash."""
+    """What decides the pixels; see `userdiff.identity`."""
     numerics: dict[str, Any]
-    """What may change their last bits: batch size, device, threads, library versions."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """One entry a run, oldest first: when, by how many processes, what was asked for, how it ended."""
+    """What may change their last bits: batch size, device, threads, library versions. Those of the first images."""
+    history: list[RunEntry] = field(default_factory=list)
+    """Oldest first."""
     manifest_sha256: str | None = None
-    """Of the manifest as it was last published: one with another hash was damaged or edited since."""
+    """Of the manifest as it was last published; one with another hash was damaged or edited since."""
 
     @property
     def run(self) -> str:
-        """The identity hash: what every PNG carries as `userdiff_run`."""
+        """The identity hash."""
         return identity_hash(self.identity)
 
+    @property
+    def last(self) -> RunEntry | None:
+        """The last run; None before the first."""
+        return self.history[-1] if self.history else None
+
     def to_bytes(self) -> bytes:
-        """Give the file's content."""
-        return (json.dumps({"run": self.run, **asdict(self)}, indent=2) + "\n").encode()
+        """Return the content of the file."""
+        content = {"run": self.run, **asdict(self), "history": [entry.to_json() for entry in self.history]}
+        return (json.dumps(content, indent=2) + "\n").encode()
+
+    def publish(self, output_dir: Path) -> None:
+        """Write the folder's `run.json`."""
+        publish(output_dir / RECORD_NAME, self.to_bytes(), sync=True)
+
+    def begin(self, output_dir: Path, entry: RunEntry) -> None:
+        """Note a run that begins."""
+        self.history.append(entry)
+        self.publish(output_dir)
+
+    def end(self, output_dir: Path, error: BaseException | None = None) -> None:
+        """Note how the last run ended: of itself, or by an error."""
+        entry = self.history[-1]
+        entry.state, entry.ended = "ended", now()
+        if isinstance(error, Stopped):
+            entry.state = f"stopped by signal {error.signal_number}"
+        elif error is not None:
+            entry.state, entry.cause = "failed", str(error) or type(error).__name__
+        self.publish(output_dir)
 
     @classmethod
     def read(cls, output_dir: Path) -> "RunRecord | None":
-        """Read a folder's record; None where there is none, ValueError where it is damaged."""
+        """Read a folder's record; None where there is none, ValueError where it is damaged or was edited."""
         path = output_dir / RECORD_NAME
         try:
             content = json.loads(path.read_bytes())
-            record = cls(**{key: content[key] for key in ("identity", "numerics", "history")})
-            record.manifest_sha256 = content.get("manifest_sha256")
-            kinds = [type(value) for value in (record.identity, record.numerics, record.history)]
-            if kinds != [dict, dict, list] or not isinstance(record.numerics["batch_size"], int):
+            record = cls(
+                identity=content["identity"],
+                numerics=content["numerics"],
+                history=[RunEntry(**entry) for entry in content["history"]],
+                manifest_sha256=content.get("manifest_sha256"),
+            )
+            kinds = [type(content["history"]), type(record.identity), type(record.numerics["batch_size"])]
+            if kinds != [list, dict, int] or not 1 <= record.numerics["batch_size"] <= 2**16:
                 raise TypeError(kinds)
+            is_edited = content.get("run") != record.run
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (*_ODD, RecursionError) as error:
             raise ValueError(
                 f"{path} is damaged; restore it, or remove it (the images say themselves what they are), or start again "
                 "with --overwrite"
             ) from error
-        if content.get("run") != record.run:
+        if is_edited:
             raise ValueError(
                 f"{path} was edited, its identity no longer has the hash that the images carry; restore it, or start "
                 "again with --overwrite"
@@ -75,113 +156,16 @@ class RunRecord:
         return record
 
 
-def changed_numerics(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Find the numerics in which two runs differ, as (name, old value, new value).
+def now() -> str:
+    """Return the time as the history notes it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-    What one of them does not note, since its device has no such thing or an earlier version did not ask, is no
-    difference.
+
+def changed_numerics(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the numerics in which two runs differ: (name, old value, new value).
+
+    What only one of them notes is no difference: the other's device has no such thing, or an earlier version did not ask.
     """
     for name, before, after in differences({**NUMERICS_DEFAULTS, **old}, {**NUMERICS_DEFAULTS, **new}):
         if before is not None and after is not None:
             yield name, before, after
-
-
-def now() -> str:
-    """Give the time as the history notes it."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-@contextmanager
-def made_folder(path: Path) -> Iterator[None]:
-    """Make a folder where there is none, and remove it at the end if it is still empty."""
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        yield
-    finally:
-        with suppress(OSError):
-            for folder in made:
-                folder.rmdir()
-
-
-@contextmanager
-def folder_lock(output_dir: Path) -> Iterator[None]:
-    """Hold a folder for one job; raises ValueError naming the holder where another job has it, or if none can hold it.
-
-    A lock of the operating system: a killed job leaves none behind.
-    """
-    path = output_dir / LOCK_NAME
-    lock, was_there = FileLock(path, timeout=LOCK_SECONDS, fallback_to_soft=False), path.exists()
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(f"{output_dir} is in use by another job ({_holder(path)})") from error
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        if not was_there:  # else it may be held, by a machine that mounts the folder with locks
-            path.unlink(missing_ok=True)
-        raise ValueError(
-            f"the file system of {output_dir} keeps no locks ({error.strerror}), and only they keep a second job out; use "
-            "a folder on another one, or have it mounted with locks (Lustre: -o flock)"
-        ) from error
-    try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # while held: whoever opened it meanwhile finds it gone and opens anew
-        lock.release()
-
-
-def lock_holder(output_dir: Path) -> str | None:
-    """Who holds a folder now; None where nobody does, whatever a killed job left lying there. Needs to read, no more."""
-    path = output_dir / LOCK_NAME
-    try:
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _holder(path)
-    except OSError:
-        return None
-    return None
-
-
-@contextmanager
-def writing(output_dir: Path) -> Iterator[None]:
-    """Be known, to `wait_for_writers` on any machine, as a process that may write images."""
-    with open(output_dir / WRITERS_NAME, "a+") as file:  # NFSv4 gives a shared lock only to who can read
-        fcntl.flock(file, fcntl.LOCK_SH)
-        yield
-
-
-def wait_for_writers(output_dir: Path, seconds: float | None = None) -> None:
-    """Wait until no process of an earlier job may write any more; raises ValueError if one still may.
-
-    A process that was suspended, or cut off with its machine, outlives its job and the lock that its main process had.
-    """
-    path = output_dir / WRITERS_NAME
-    deadline = time.monotonic() + (WRITERS_SECONDS if seconds is None else seconds)
-    with open(path, "a") as file:
-        while not _is_free(file):
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"a process of an earlier job still has {output_dir} open for writing, maybe on another machine; end "
-                    "it first, or use another folder"
-                )
-            time.sleep(0.1)
-        path.unlink()  # nobody has it; whoever writes next makes a new one
-
-
-def _is_free(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _holder(path: Path) -> str:
-    try:
-        return path.read_text() or "unknown"
-    except OSError:
-        return "unknown"

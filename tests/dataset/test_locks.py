@@ -1,0 +1,160 @@
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+
+import pytest
+
+from tests.jobs import ROOT
+from userdiff.dataset.layout import LOCK_NAME
+from userdiff.dataset.locks import folder_lock, lock_holder, made_folder, wait_for_writers, writing
+
+HOLDER = """
+import sys
+from pathlib import Path
+from userdiff.dataset.locks import folder_lock
+
+with folder_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextmanager
+def held_by_another_process(folder):
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            yield holder
+        finally:
+            holder.kill()
+
+
+def take(folder):
+    with folder_lock(folder):
+        pass
+
+
+def test_a_second_job_is_refused_by_the_name_of_the_first(tmp_path):
+    with held_by_another_process(tmp_path) as holder:
+        who = f"process {holder.pid} on {socket.gethostname()}"
+        for _ in range(2):  # a refusal does not wipe out who the holder is
+            with pytest.raises(ValueError, match="in use") as raised:
+                take(tmp_path)
+            assert who in str(raised.value)
+            assert lock_holder(tmp_path) == who
+        holder.communicate("go on\n")
+        assert holder.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+    assert lock_holder(tmp_path) is None
+
+
+def test_a_killed_job_leaves_no_lock_behind(tmp_path):
+    with held_by_another_process(tmp_path) as holder:
+        holder.kill()
+        holder.wait()
+        assert lock_holder(tmp_path) is None
+        with folder_lock(tmp_path), pytest.raises(ValueError, match=f"process {os.getpid()} on"):
+            take(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_fails_gives_the_folder_back_and_only_its_own(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(KeyError), folder_lock(tmp_path), folder_lock(other):
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    take(tmp_path)
+
+
+def test_a_lock_whose_file_was_removed_by_its_holder_is_taken_on_the_new_file(tmp_path, monkeypatch):
+    """A holder removes the file just before it gives the lock back: who waited has locked a file without a name."""
+    flock = fcntl.flock
+    path = tmp_path / LOCK_NAME
+    removed = []
+
+    def flock_after_removal(file, operation):
+        if not removed:
+            removed.append(path.unlink())
+        return flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_after_removal)
+    with folder_lock(tmp_path):
+        assert path.exists()
+        with pytest.raises(ValueError, match="in use"):
+            take(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named_with_what_helps(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ValueError, match=f"keeps no locks.*{os.strerror(number)}.*a folder on another one"):
+        take(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    held = tmp_path / LOCK_NAME  # by a machine that has locks there
+    held.touch()
+    with pytest.raises(ValueError, match="keeps no locks"):
+        take(tmp_path)
+    assert held.exists()
+
+
+def test_locks_work_as_on_nfs(tmp_path, monkeypatch):
+    """NFSv4 gives a shared lock only to who can read the file, an exclusive one only to who can write it."""
+    flock = fcntl.flock
+
+    def flock_of_nfs(file, operation):
+        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        refused = {os.O_WRONLY: fcntl.LOCK_SH, os.O_RDONLY: fcntl.LOCK_EX}.get(mode, 0)
+        if operation & refused:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_of_nfs)
+    with folder_lock(tmp_path), writing(tmp_path):
+        assert lock_holder(tmp_path)
+    wait_for_writers(tmp_path, seconds=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Processes that may still write
+
+
+def test_a_process_that_may_still_write_is_waited_for_and_then_refused(tmp_path):
+    with writing(tmp_path), writing(tmp_path), pytest.raises(ValueError, match="a process of an earlier job still has"):
+        wait_for_writers(tmp_path, seconds=0.2)
+    wait_for_writers(tmp_path, seconds=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_that_goes_is_waited_for(tmp_path):
+    gate = threading.Event()
+
+    def write():
+        with writing(tmp_path):
+            gate.wait(60)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not list(tmp_path.iterdir()):
+        pass
+    threading.Timer(0.3, gate.set).start()
+    wait_for_writers(tmp_path, seconds=60)
+    writer.join(60)
+
+
+def test_a_folder_made_for_nothing_goes_again(tmp_path):
+    with made_folder(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with made_folder(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "file").touch()
+    assert (tmp_path / "a" / "b" / "file").exists()

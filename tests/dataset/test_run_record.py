@@ -1,0 +1,149 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from tests.test_identity import hash_by_definition
+from userdiff.dataset.run_record import RunEntry, RunRecord, changed_numerics
+from userdiff.shutdown import Failed, Stopped
+
+IDENTITY = {"seed": 42, "vae": {"weights": "ab12", "config": {"scaling_factor": 0.7}}, "user_index": {"1": 0, "3": 1}}
+NUMERICS = {"batch_size": 16, "device": "x86_64"}
+ENTRY = {
+    "started": "2026-11-23T11:06:00+00:00",
+    "ended": "2026-11-23T11:07:30+00:00",
+    "state": "ended",
+    "cause": None,
+    "num_processes": 2,
+    "user_ids": "1-3 7",
+    "num_images_per_user": 5,
+    "numerics": NUMERICS,
+    "published": 18,
+    "failed": [[3, 4], [7, 0]],
+}
+RUNNING = {**ENTRY, "state": "running", "ended": None, "failed": []}
+
+
+def example_record():
+    return RunRecord(identity=IDENTITY, numerics=NUMERICS, history=[RunEntry(**ENTRY), RunEntry(**RUNNING)])
+
+
+def example_json(**changes):
+    content = {
+        "run": hash_by_definition(IDENTITY),
+        "identity": IDENTITY,
+        "numerics": NUMERICS,
+        "history": [ENTRY, RUNNING],
+        "manifest_sha256": None,
+        **changes,
+    }
+    return json.dumps({name: value for name, value in content.items() if value is not ...}).encode()
+
+
+def test_a_record_says_what_it_is_and_reads_back(tmp_path):
+    example_record().publish(tmp_path)
+    assert (tmp_path / "run.json").read_bytes() == json.dumps(json.loads(example_json()), indent=2).encode() + b"\n"
+    assert RunRecord.read(tmp_path) == example_record()
+    assert RunRecord.read(tmp_path / "missing") is None
+    assert replace(example_record(), numerics={"batch_size": 5}, history=[]).run == hash_by_definition(IDENTITY)
+
+
+def test_an_entry_knows_what_was_asked_for_and_how_long_it_took():
+    entry = RunEntry(**ENTRY)
+    assert entry.wanted() == {1: 5, 2: 5, 3: 5, 7: 5}
+    assert entry.failed == [(3, 4), (7, 0)]
+    assert entry.seconds() == 90
+    assert RunEntry(**RUNNING).seconds() is None
+    joined = RunEntry(**ENTRY, joined=["a", "b"])
+    assert "joined" not in entry.to_json()
+    assert joined.to_json()["joined"] == ["a", "b"]
+
+
+def with_entry(**changes):
+    entry = {name: value for name, value in {**ENTRY, **changes}.items() if value is not ...}
+    return example_json(history=[entry])
+
+
+DAMAGED = {
+    "empty": b"",
+    "truncated": example_json()[:-3],
+    "a hole": b"\0" * 500,
+    "not text": b'{"run": "\xff"}',
+    "nested without end": b"[" * 100_000,
+    "a list": b"[]",
+    "nothing": b"null",
+    "an empty object": b"{}",
+    "no identity": example_json(identity=...),
+    "no numerics": example_json(numerics=...),
+    "no history": example_json(history=...),
+    "numerics of another kind": example_json(numerics=[]),
+    "no batch size": example_json(numerics={}),
+    "a batch of none": example_json(numerics={**NUMERICS, "batch_size": 0}),
+    "a batch of too many": example_json(numerics={**NUMERICS, "batch_size": 10**5}),
+    "a batch that is true": example_json(numerics={**NUMERICS, "batch_size": "16"}),
+    "history of another kind": example_json(history={}),
+    "identity of another kind": example_json(identity=[], run=hash_by_definition([])),
+    "entries that are no objects": example_json(history=[17, None]),
+    "an entry without its users": with_entry(user_ids=...),
+    "an entry with odd users": with_entry(user_ids="one"),
+    "an entry with too many users": with_entry(user_ids="1-9999999999"),
+    "an entry with odd numbers": with_entry(num_images_per_user="5"),
+    "an entry with a negative number": with_entry(published=-1),
+    "an entry of infinity": with_entry(num_processes=float("inf")),
+    "an entry of no time": with_entry(started="yesterday"),
+    "an entry of no zone": with_entry(started="2026-11-23T11:06:00"),
+    "an entry that ended never": with_entry(ended=17),
+    "an entry with odd failures": with_entry(failed=[[1, 2, 3]]),
+    "an entry with fields of another version": with_entry(mood="good"),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_record_is_refused_and_left_as_it_is(tmp_path, content):
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged; .*--overwrite"):
+        RunRecord.read(tmp_path)
+    assert path.read_bytes() == content
+
+
+EDITED = {
+    "another seed": example_json(identity={**IDENTITY, "seed": 43}),
+    "an option more": example_json(identity={**IDENTITY, "eta": 0.5}),
+    "users swapped": example_json(identity={**IDENTITY, "user_index": {"1": 1, "3": 0}}),
+    "another hash": example_json(run=64 * "0"),
+    "no hash": example_json(run=...),
+}
+
+
+@pytest.mark.parametrize("content", EDITED.values(), ids=EDITED)
+def test_an_edited_record_is_refused(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"was edited, .*--overwrite"):
+        RunRecord.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "cause"),
+    [
+        (None, "ended", None),
+        (Stopped(15), "stopped by signal 15", None),
+        (Failed("disk full"), "failed", "disk full"),
+        (KeyError(), "failed", "KeyError"),
+    ],
+)
+def test_a_run_notes_how_it_ended(tmp_path, error, state, cause):
+    record = RunRecord(identity=IDENTITY, numerics=NUMERICS)
+    record.begin(tmp_path, RunEntry(**RUNNING))
+    assert RunRecord.read(tmp_path).last.state == "running"
+    record.end(tmp_path, error)
+    entry = RunRecord.read(tmp_path).last
+    assert (entry.state, entry.cause) == (state, cause)
+    assert entry.ended
+
+
+def test_numerics_differ_where_both_note_them():
+    old, new = {"batch_size": 4, "torch": "1", "cudnn": 9}, {"batch_size": 8, "torch": "1", "zlib": "1.3"}
+    assert list(changed_numerics(old, new)) == [("batch_size", 4, 8)]
+    assert list(changed_numerics(old, {**old, "png_compress_level": 6})) == []  # what older records do not say
+    assert list(changed_numerics(old, {**old, "png_compress_level": 1})) == [("png_compress_level", 6, 1)]

@@ -1,0 +1,282 @@
+"""Which images are finished, against the contract: a trusted row and its file's size, or an image that proves itself."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.dataset.test_layout import FOREIGN_NAMES
+from tests.definitions import RUN, chunks_of, csv_of, fields_of, png_of, sha256
+from userdiff.dataset.manifest import write_manifest
+from userdiff.dataset.recipe import Recipe
+from userdiff.dataset.rows import Row
+from userdiff.dataset.scan import find_finished, read_all, user_folders
+
+RECIPE = Recipe(seed=42, num_inference_steps=20, conditioning="trained", run=RUN)
+OPAQUE = b"bytes that no row can be made from, only a recorded one be true of"
+PART = "manifest.part-00000.csv"
+
+
+def put(folder, user_id, image_index, data=None):
+    """Lay an image into the folder, one that explains itself if nothing else is given; returns its row."""
+    data = png_of(chunks_of(user_id, image_index)) if data is None else data
+    row = Row(*fields_of(user_id, image_index, data))
+    path = folder / row.file_name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    return row
+
+
+def record(path, *rows):
+    path.write_text(csv_of(*rows))
+
+
+def finished(folder, recipe=RECIPE, *, is_trusted=True):
+    """Return what is finished; trusted: the manifest is as it was published, the parts are of this very run."""
+    manifest = folder / "manifest.csv"
+    published = sha256(manifest.read_bytes()) if manifest.exists() and is_trusted else None
+    return list(find_finished(folder, recipe, published, trust_parts=is_trusted).rows)
+
+
+def test_a_recipe_describes_an_image_as_the_contract_says():
+    assert RECIPE.row(31, 4, (3, 2), b"0123456789") == Row(*fields_of(31, 4, b"0123456789"))
+    assert RECIPE.row(31, 4, (3, 2), b"").seed == 2555016077
+    assert RECIPE.text_chunks(31, 4) == chunks_of(31, 4)
+
+
+def test_only_images_of_a_job_are_found(tmp_path):
+    names = ["user_01/generated_000.png", "user_01/generated_1000.png", "user_100/generated_002.png"]
+    nested = ["user_01/user_01/generated_000.png", "old/user_01/generated_000.png"]
+    for name in [*names, *nested, *FOREIGN_NAMES, "manifest.csv"]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "user_02").touch()  # a file where a folder would be
+    (tmp_path / "user_03").mkdir()
+    (tmp_path / "user_01" / "generated_003.png").symlink_to("moved away.png")
+    (tmp_path / "user_01" / "generated_004.png").mkdir()
+    folders = {folder.name: folder for folder in user_folders(tmp_path)}
+    found = {folder.user_id: folder.image_indices.tolist() for folder in folders.values() if len(folder.image_indices)}
+    assert found == {1: [0, 1000], 100: [2]}
+    foreign = {name.partition("/")[2] for name in FOREIGN_NAMES if name.startswith("user_01/")}
+    foreign |= {"user_01", "generated_003.png", "generated_004.png"}
+    assert {*folders["user_01"].foreign} == foreign - {".generated_000.png.tmp-0123abcd"}
+    assert (folders["user_001"].user_id, folders["user_001"].foreign) == (0, ["generated_000.png"])
+
+
+# A row and its file
+
+
+@pytest.mark.parametrize("name", ["manifest.csv", PART, "manifest.part-00007.csv"])
+def test_a_recorded_image_of_the_right_size_is_finished(tmp_path, name):
+    row = put(tmp_path, 4, 2, OPAQUE)
+    record(tmp_path / name, row, row)
+    assert finished(tmp_path) == [row]
+    for data in (OPAQUE[:-1], OPAQUE + b"!", b""):
+        put(tmp_path, 4, 2, data)
+        assert finished(tmp_path) == []
+    (tmp_path / row.file_name).unlink()
+    assert finished(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["manifest.txt", f"{PART}.bak", "user_04/manifest.csv"])
+def test_records_elsewhere_do_not_count(tmp_path, name):
+    row = put(tmp_path, 4, 2, OPAQUE)
+    record(tmp_path / name, row)
+    assert finished(tmp_path) == []
+
+
+EDITS = {
+    "file_name": "user_04/generated_003.png",
+    "user_id": 5,
+    "image_index": 3,
+    "seed": 1,
+    "num_inference_steps": 21,
+    "conditioning": "random",
+    "num_bytes": len(OPAQUE) - 1,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), EDITS.items())
+def test_a_row_that_does_not_agree_is_not_trusted_and_the_image_may_speak_for_itself(tmp_path, name, value):
+    for data, is_proof in ((OPAQUE, False), (None, True)):
+        row = put(tmp_path, 4, 2, data)
+        record(tmp_path / "manifest.csv", row._replace(**{name: value}))
+        assert finished(tmp_path) == [row] * is_proof
+
+
+@pytest.mark.parametrize("change", [{"seed": 43}, {"num_inference_steps": 21}, {"conditioning": "random"}])
+def test_rows_of_another_recipe_are_not_trusted(tmp_path, change):
+    record(tmp_path / "manifest.csv", put(tmp_path, 4, 2, OPAQUE))
+    assert finished(tmp_path, replace(RECIPE, **change)) == []
+
+
+# Images that prove themselves
+
+
+def test_an_unrecorded_image_that_explains_itself_is_adopted_whoever_asks_for_it(tmp_path):
+    rows = [put(tmp_path, 4, 2), put(tmp_path, 99, 100_000)]
+    assert finished(tmp_path) == rows
+    assert finished(tmp_path / "empty") == []
+
+
+@pytest.mark.parametrize("key", list(chunks_of(4, 2)))
+@pytest.mark.parametrize("value", ["1", "", None])
+def test_an_unrecorded_image_of_another_origin_is_not_adopted(tmp_path, key, value):
+    text = chunks_of(4, 2)
+    put(tmp_path, 4, 2, png_of({**text, key: value} if value is not None else {k: text[k] for k in text if k != key}))
+    assert finished(tmp_path) == []
+
+
+@pytest.mark.parametrize("what", ["of another image", "of another user", "cut by 1", "cut by 20", "a changed pixel"])
+def test_an_image_that_is_not_what_its_name_says_is_not_adopted(tmp_path, what):
+    data = png_of(chunks_of(*{"of another image": (4, 3), "of another user": (5, 2)}.get(what, (4, 2))))
+    if what.startswith("cut"):
+        data = data[: -int(what.split()[-1])]
+    if what == "a changed pixel":
+        at = data.index(b"IDAT") + 8
+        data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+    put(tmp_path, 4, 2, data)
+    assert finished(tmp_path) == []
+
+
+UNTRUSTED = pytest.mark.parametrize("name", ["manifest.csv", PART])
+
+
+@UNTRUSTED
+def test_a_claim_is_believed_of_a_file_with_the_hash_it_names(tmp_path, name):
+    row = put(tmp_path, 4, 2, png_of({"Software": "no word of a run, so only the row can vouch for it"}))
+    record(tmp_path / name, row._replace(sha256="0" * 64), row, row._replace(width=2))  # the good one of several
+    assert finished(tmp_path, is_trusted=False) == [row]
+
+
+@UNTRUSTED
+def test_a_file_of_the_right_size_full_of_zeros_is_not_what_an_interrupted_run_claims(tmp_path, name):
+    row = put(tmp_path, 4, 2)
+    record(tmp_path / name, row)
+    (tmp_path / row.file_name).write_bytes(bytes(row.num_bytes))
+    assert finished(tmp_path, is_trusted=False) == []
+    assert finished(tmp_path) == [row]  # what size alone would say
+
+
+@UNTRUSTED
+@pytest.mark.parametrize("change", [{"width": 2}, {"height": 33}, {"sha256": "0" * 64}])
+def test_a_damaged_claim_is_put_right_by_the_image(tmp_path, name, change):
+    row = put(tmp_path, 4, 2)
+    record(tmp_path / name, row._replace(**change))
+    assert finished(tmp_path, is_trusted=False) == [row]
+
+
+def test_a_manifest_of_another_hash_than_published_is_not_trusted(tmp_path):
+    row = put(tmp_path, 4, 2)
+    published = write_manifest(tmp_path, [row])
+    assert find_finished(tmp_path, RECIPE, published).has_manifest
+    record(tmp_path / "manifest.csv", row._replace(width=2))
+    found = find_finished(tmp_path, RECIPE, published)
+    assert (list(found.rows), found.has_manifest) == ([row], False)
+
+
+# What else is found
+
+
+def test_lost_and_foreign_images_are_named(tmp_path):
+    kept, gone, zeros = (put(tmp_path, 4, index) for index in range(3))
+    (tmp_path / gone.file_name).unlink()
+    (tmp_path / zeros.file_name).write_bytes(b"")
+    record(tmp_path / "manifest.csv", kept, gone, zeros, put(tmp_path, 5, 0)._replace(seed=1))
+    put(tmp_path, 4, 7, b"\xff\xd8\xff a photo")
+    put(tmp_path, 4, 8, png_of(chunks_of(4, 8, run="ab" * 32)))
+    put(tmp_path, 4, 9, png_of(chunks_of(4, 9))[:30])  # what is left of a job's
+    (tmp_path / "user_04" / "notes.txt").touch()
+    found = find_finished(tmp_path, RECIPE)
+    assert [row.file_name for row in found.rows] == [kept.file_name, "user_05/generated_000.png"]
+    assert found.lost == [(4, 1), (4, 2)]
+    assert found.foreign_images == [(4, 7), (4, 8)]
+    assert found.foreign_files == ["user_04/notes.txt"]
+
+
+def test_what_is_read_is_shown_and_what_is_trusted_is_not_read(tmp_path):
+    trusted, claimed = put(tmp_path, 4, 2, OPAQUE), put(tmp_path, 4, 3)
+    published = write_manifest(tmp_path, [trusted])
+    record(tmp_path / PART, claimed)
+    shown = []
+
+    def track(items, total):
+        shown.append(total)
+        return items
+
+    assert list(find_finished(tmp_path, RECIPE, published, track=track).rows) == [trusted, claimed]
+    assert shown == [1]
+
+
+def test_whoever_stops_iterating_waits_for_no_more_than_a_slice():
+    read = []
+    for _ in read_all(read.append, range(100_000)):
+        break
+    assert len(read) <= 2000
+
+
+# Anything at all, against the definition
+
+
+ITEMS = [(user_id, image_index) for user_id in (1, 2, 30) for image_index in range(3)]
+FILES = {
+    "whole": lambda item: png_of(chunks_of(*item)),
+    "opaque": lambda item: b"opaque" + bytes(item),
+    "emptied": lambda item: b"",
+    "cut": lambda item: png_of(chunks_of(*item))[:-9],
+    "foreign": lambda item: png_of({"title": "mine"}),
+    "of another run": lambda item: png_of(chunks_of(*item, run="ab" * 32)),
+}
+CLAIMS = st.lists(st.tuples(st.sampled_from(ITEMS), st.sampled_from(list(FILES)), st.booleans()), max_size=8)
+
+
+def expected_row(data, trusted, claimed):
+    """By the contract: of trusted rows the last counts, by size; of others any, by hash; else the image itself."""
+    if trusted and trusted[-1].num_bytes == len(data):
+        return trusted[-1]
+    is_png = data[:8] == b"\x89PNG\r\n\x1a\n"
+    for row in claimed:
+        if is_png and row.sha256 == sha256(data):
+            return row
+    return None
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    files=st.dictionaries(st.sampled_from(ITEMS), st.sampled_from(list(FILES))),
+    manifest=CLAIMS,
+    part=CLAIMS,
+    is_trusted=st.booleans(),
+)
+def test_whatever_lies_there_counts_as_the_contract_says(tmp_path, files, manifest, part, is_trusted):
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    data_of = {item: FILES[kind](item) for item, kind in files.items()}
+    for item, data in data_of.items():
+        put(tmp_path, *item, data)
+    claims = {
+        name: [
+            Row(*fields_of(*item, FILES[kind](item)))._replace(**({} if agrees else {"seed": 1}))
+            for item, kind, agrees in rows
+        ]
+        for name, rows in (("manifest.csv", manifest), (PART, part))
+    }
+    for name, rows in claims.items():
+        record(tmp_path / name, *rows)
+    expected = []
+    for item in ITEMS:
+        of_item = {name: [row for row in rows if row[1:3] == item] for name, rows in claims.items()}
+        trusted = of_item["manifest.csv"] if is_trusted else []
+        claimed = of_item[PART] + ([] if is_trusted else of_item["manifest.csv"])
+        # a row that does not agree vouches for nothing, but as the last of the trusted ones it counts
+        trusted = [] if trusted and trusted[-1].seed == 1 else trusted
+        agreeing = [row for row in [*claimed, *of_item["manifest.csv"]] if row.seed != 1]
+        row = expected_row(data_of[item], trusted, agreeing) if item in data_of else None
+        if row is None and files.get(item) == "whole":
+            row = Row(*fields_of(*item, data_of[item]))
+        expected += [row] if row else []
+    published = sha256((tmp_path / "manifest.csv").read_bytes()) if is_trusted else None
+    assert list(find_finished(tmp_path, RECIPE, published).rows) == expected

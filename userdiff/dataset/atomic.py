@@ -1,0 +1,47 @@
+"""Publication in one step: a file under its final name is whole."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from userdiff.dataset.layout import is_temporary, temporary_path
+
+
+def publish(path: Path, data: bytes | Iterable[bytes], *, sync: bool = False) -> None:
+    """Put `data`, or its pieces, under `path`: whoever opens `path` sees all of it, or what was there before.
+
+    With `sync` that holds after a power cut too. The temporary lies in the same folder, so that the rename stays within
+    one file system, and has the permissions that the user's umask gives.
+    """
+    temporary = temporary_path(path)
+    try:
+        with errors_naming(path), open(temporary, "xb") as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        with errors_naming(path):
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):  # where nothing could be made, there is nothing to remove
+            temporary.unlink()
+        raise
+
+
+def remove_temporaries(output_dir: Path) -> None:
+    """Remove what a killed job was just writing. Call it only while holding the folder's lock."""
+    for path in [*output_dir.glob(".*.tmp-*"), *output_dir.glob("user_*/.*.tmp-*")]:
+        if is_temporary(path.name):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """Have an OSError name `path`: a failed write names no file, a failed open one that the user never saw."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # not the operating system's
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -1,0 +1,86 @@
+"""Every file name of a dataset's folder, and its grammar."""
+
+import re
+import secrets
+from pathlib import Path
+
+RECORD_NAME = "run.json"
+MANIFEST_NAME = "manifest.csv"
+PREVIEW_NAME = "preview.html"
+LOCK_NAME = ".userdiff.lock"
+WRITERS_NAME = ".userdiff.writers"
+
+MAX_IMAGE_INDEX = 2**32 - 1
+LOADED_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+"""Of files that dataset loaders take for images."""
+
+_USER_FOLDER = re.compile(r"user_(\d{2,})", re.ASCII)
+_IMAGE = re.compile(r"generated_(\d{3}|[1-9]\d{3,9})\.png", re.ASCII)
+_PART = re.compile(r"manifest\.part-\d{5,}\.csv")
+_TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
+_SHARED_MARK = re.compile(r"\.userdiff\.shared-[0-9a-f]{16}")
+
+
+def file_name(user_id: int, image_index: int) -> str:
+    """Return an image's path relative to the dataset's folder, with `/`: `user_01/generated_000.png`."""
+    return f"user_{user_id:02d}/generated_{image_index:03d}.png"
+
+
+def parse_file_name(name: str) -> tuple[int, int] | None:
+    """Return the (user_id, image_index) of an image's relative path; None where no job gives an image that name."""
+    folder, _, file = name.partition("/")
+    user_id, image_index = parse_user_folder(folder), parse_image(file)
+    return (user_id, image_index) if user_id and image_index is not None else None
+
+
+def is_user_folder(name: str) -> bool:
+    """Return whether a folder's name is of the form that images of users lie in, such as `user_07`, or `user_007`."""
+    return _USER_FOLDER.fullmatch(name) is not None
+
+
+def parse_user_folder(name: str) -> int:
+    """Return the user id of a folder's name; 0 where no job gives a folder that name, as `user_007`."""
+    match = _USER_FOLDER.fullmatch(name)
+    user_id = int(match[1]) if match else 0
+    return user_id if name == f"user_{user_id:02d}" else 0
+
+
+def parse_image(name: str) -> int | None:
+    """Return the image_index of a file's name; None where no job gives an image that name."""
+    match = _IMAGE.fullmatch(name)
+    return int(match[1]) if match and int(match[1]) <= MAX_IMAGE_INDEX else None
+
+
+def user_folders(output_dir: Path) -> list[Path]:
+    """Return the folders in which images of users lie, sorted by name."""
+    return [path for path in sorted(output_dir.glob("user_*")) if is_user_folder(path.name) and path.is_dir()]
+
+
+def part_path(output_dir: Path, process_index: int) -> Path:
+    """Return where a process notes the images it has finished."""
+    return output_dir / f"manifest.part-{process_index:05d}.csv"
+
+
+def part_paths(output_dir: Path) -> list[Path]:
+    """Return the parts that are there, of this run or an earlier one."""
+    return sorted(path for path in output_dir.glob("manifest.part-*.csv") if _PART.fullmatch(path.name))
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a new name beside `path`, for a file that is renamed to `path` once it is whole."""
+    return path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a name is one that `temporary_path` gives."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def shared_mark_path(output_dir: Path) -> Path:
+    """Return a new name for the file by which machines find out whether they share the folder."""
+    return output_dir / f".userdiff.shared-{secrets.token_hex(8)}"
+
+
+def shared_mark_paths(output_dir: Path) -> list[Path]:
+    """Return the files of that kind that are there."""
+    return [path for path in output_dir.glob(".userdiff.shared-*") if _SHARED_MARK.fullmatch(path.name)]

@@ -1,0 +1,199 @@
+"""What lies in a dataset's folder, compared with what its rows say: which images are finished."""
+
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from userdiff.dataset import layout
+from userdiff.dataset.manifest import manifest_sha256, recorded_rows
+from userdiff.dataset.png import RUN_CHUNK, decode_png, is_remains, png_size
+from userdiff.dataset.recipe import Recipe
+from userdiff.dataset.rows import MAX_BYTES, Row, Rows, Trust, slices
+from userdiff.seeds import Item
+
+READER_THREADS = 8
+_SLICE = 1000  # files that are read ahead
+
+T = TypeVar("T")
+R = TypeVar("R")
+Track = Callable[[Iterable[Any], int], Iterable[Any]]
+"""Passes on the items it is given, showing how many of a total have come."""
+
+
+def untracked(items: Iterable[T], total: int) -> Iterable[T]:
+    """Pass on the items, showing nothing."""
+    return items
+
+
+class UserFolder(NamedTuple):
+    """What lies in the folder of a user."""
+
+    name: str
+    user_id: int
+    """0 where no job gives a folder that name."""
+    image_indices: NDArray[np.uint32]
+    """[number] of the files under an image's name, ascending."""
+    num_bytes: NDArray[np.uint32]
+    """[number] their sizes; MAX_BYTES stands for any larger one too."""
+    foreign: list[str]
+    """Names of everything else but temporaries, sorted."""
+
+    def has_file_of(self, rows: NDArray[np.void]) -> NDArray[np.bool_]:
+        """Return which of this user's rows, sorted by image, have a file of their size: [number] bool."""
+        at = np.searchsorted(self.image_indices, rows["image_index"])
+        has_file = at < len(self.image_indices)
+        at, rows = at[has_file], rows[has_file]
+        is_it = (self.image_indices[at] == rows["image_index"]) & (self.num_bytes[at] == rows["num_bytes"])
+        has_file[has_file] = is_it
+        return has_file
+
+
+def user_folders(output_dir: Path) -> Iterator[UserFolder]:
+    """Look through the users' folders, in the order of their names, at the name and size of every file."""
+    for folder in layout.user_folders(output_dir):
+        user_id, images, foreign = layout.parse_user_folder(folder.name), array("Q"), []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                image_index = layout.parse_image(entry.name) if user_id else None
+                try:
+                    if image_index is not None and entry.is_file():
+                        images.extend((image_index, min(entry.stat().st_size, MAX_BYTES)))
+                    elif not layout.is_temporary(entry.name):
+                        foreign.append(entry.name)
+                except FileNotFoundError:  # gone since it was listed
+                    continue
+        table = np.frombuffer(images, np.uint64).astype(np.uint32).reshape(-1, 2)
+        image_indices, num_bytes = table[np.argsort(table[:, 0])].T.copy()
+        yield UserFolder(folder.name, user_id, image_indices, num_bytes, sorted(foreign))
+
+
+def have_files(folders: Iterable[UserFolder], rows: Rows) -> NDArray[np.bool_]:
+    """Return which rows, one per image, have a file of their size: [number] bool."""
+    has_file = np.zeros(len(rows), bool)
+    for folder in folders:
+        has_file[rows.place(folder.user_id)] = folder.has_file_of(rows.of_user(folder.user_id))
+    return has_file
+
+
+class Finished(NamedTuple):
+    """What is there of a dataset."""
+
+    rows: Rows
+    """One for every finished image."""
+    lost: list[Item]
+    """Images that have a row of this recipe, and are missing, damaged or changed."""
+    foreign_files: list[str]
+    """Paths, relative to the folder, of what lies beside the images in the users' folders."""
+    foreign_images: list[Item]
+    """Files under an image's name that have no row, are not this recipe's, and are no remains of a job's image."""
+    has_manifest: bool
+    """Whether the manifest is as it was published."""
+
+
+def find_finished(
+    output_dir: Path,
+    recipe: Recipe,
+    published_sha256: str | None = None,
+    *,
+    trust_parts: bool = False,
+    track: Track = untracked,
+) -> Finished:
+    """Look through the folder for finished images.
+
+    An image is finished if a row of the recipe that is to be trusted (see `recorded_rows`) has a file of its size. Any
+    other file is read: it is finished if it has the size and hash that some row claims, or if it decodes and carries the
+    text chunks that the recipe gives it.
+
+    published_sha256: the manifest's hash as `run.json` noted it. track: is shown the files that are read.
+    """
+    has_manifest = published_sha256 is not None and manifest_sha256(output_dir) == published_sha256
+    rows = recorded_rows(output_dir, trust_manifest=has_manifest, trust_parts=trust_parts)
+    agrees = recipe.agrees(rows)
+    to_read, foreign_files = _match(output_dir, rows, agrees & rows.is_best() & (rows.array["trust"] == Trust.RECORDED))
+
+    def prove(item: Item) -> tuple[Item, Row | None, bool]:
+        return (item, *_prove(output_dir, recipe, item, rows.of_image(*item)))
+
+    items = ((user_id, image_index) for user_id, indices in to_read for image_index in indices.tolist())
+    foreign_images: list[Item] = []
+
+    def proven_rows() -> Iterator[Row]:
+        for item, row, is_foreign in track(read_all(prove, items), sum(len(indices) for _, indices in to_read)):
+            if row:
+                yield row
+            elif is_foreign and not rows.of_image(*item):
+                foreign_images.append(item)
+
+    proven = Rows(proven_rows())
+    lost = sorted(_lost(rows, agrees, proven))
+    rows.keep(rows.array["trust"] == Trust.FINISHED)
+    rows.extend(proven)
+    return Finished(rows, lost, foreign_files, sorted(foreign_images), has_manifest)
+
+
+def _match(
+    output_dir: Path, rows: Rows, is_trusted: NDArray[np.bool_]
+) -> tuple[list[tuple[int, NDArray[np.uint32]]], list[str]]:
+    """Mark the trusted rows that have their file as finished; returns the images to be read, and the foreign files."""
+    to_read: list[tuple[int, NDArray[np.uint32]]] = []
+    foreign: list[str] = []
+    for folder in user_folders(output_dir):
+        of_user = rows.of_user(folder.user_id)
+        is_finished = is_trusted[rows.place(folder.user_id)] & folder.has_file_of(of_user)
+        of_user["trust"][is_finished] = Trust.FINISHED
+        finished = of_user["image_index"][is_finished]
+        to_read.append((folder.user_id, np.setdiff1d(folder.image_indices, finished, assume_unique=True)))
+        foreign += [f"{folder.name}/{name}" for name in folder.foreign]
+    return to_read, foreign
+
+
+def _lost(rows: Rows, agrees: NDArray[np.bool_], proven: Rows) -> Iterator[Item]:
+    """Yield the images that have rows of the recipe, none of them finished or proven."""
+    for user_id, place in rows.places.items():
+        of_user = rows.of_user(user_id)
+        finished = of_user["image_index"][of_user["trust"] == Trust.FINISHED]
+        there = np.concatenate([finished, proven.of_user(user_id)["image_index"]])
+        for image_index in np.setdiff1d(of_user["image_index"][agrees[place]], there).tolist():
+            yield user_id, image_index
+
+
+def _prove(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) -> tuple[Row | None, bool]:
+    """Read a file: (its row, if it is what a row claims or what the recipe makes; else whether it may be a user's)."""
+    path = output_dir / layout.file_name(*item)
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None, False  # it is made again
+    try:
+        for claim in claims:
+            if claim == recipe.row(*item, size=png_size(data), png=data):
+                return claim, False
+        size, text = decode_png(data)
+    except OSError:
+        return None, not is_remains(data)
+    if text == recipe.text_chunks(*item):
+        return recipe.row(*item, size=size, png=data), False
+    return None, text.get(RUN_CHUNK) != recipe.run
+
+
+def read_all(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Read many files with several threads, a slice at a time: whoever stops iterating waits for no more than that."""
+    with ThreadPoolExecutor(READER_THREADS) as readers:
+        for some in slices(items, _SLICE):
+            yield from readers.map(read, some)
+
+
+def listed_rows(output_dir: Path) -> Rows:
+    """Read manifest and parts, one row per image, whether it is finished or not; raises ValueError where there are none."""
+    rows = recorded_rows(output_dir).keep_best()
+    if not rows:
+        has_images = any(len(folder.image_indices) for folder in user_folders(output_dir))
+        remedy = f"; `userdiff merge {output_dir}` makes its rows from the images" * has_images
+        raise ValueError(f"{output_dir} holds no {layout.MANIFEST_NAME} with images in it{remedy}")
+    return rows
