@@ -79,7 +79,7 @@ class SingleTokenAttnProcessor:
 
 
 def use_single_token(unet: "UNet2DConditionModel") -> None:
-    """Have a UNet's cross-attention take what `token_vectors` gives; a UNet of another make is left as it is."""
+    """Make a UNet's cross-attention use what `token_vectors` returns; leave a UNet of another make as it is."""
     layers = list(_attention(unet, is_cross=True))
     if not all(_is_plain(layer) for layer in layers):
         return
@@ -146,7 +146,7 @@ class FusedSelfAttnProcessor:
 
 
 def use_fused_self_attention(unet: "UNet2DConditionModel", *, is_flex: bool) -> None:
-    """Have a UNet's self-attention compute queries, keys and values together; other makes are left as they are.
+    """Make a UNet's self-attention compute queries, keys and values in one product; leave other makes as they are.
 
     is_flex: compiled models may have the kernel for small heads that `flex_attention` generates.
     """
@@ -194,7 +194,7 @@ class _Slice(nn.Module):
 
 
 class _First(nn.Module):
-    """Gives its first argument."""
+    """Returns its first argument."""
 
     def forward(self, embedding: Tensor, *others: Any) -> Tensor:
         return embedding
@@ -202,7 +202,7 @@ class _First(nn.Module):
 
 @torch.no_grad()
 def use_timestep_table(unet: "UNet2DConditionModel", num_train_timesteps: int) -> None:
-    """Have a UNet look up what its blocks make of a timestep, computed once, of all timesteps of training.
+    """Make a UNet look up what its blocks compute of a timestep, from a table of all timesteps of training.
 
     They are the same for every image: two dozen small layers at every step for nothing. A UNet of another make is left
     as it is.
@@ -262,7 +262,7 @@ class ChannelwiseGroupNorm(nn.Module):
 
 
 def use_channelwise_group_norm(module: nn.Module) -> None:
-    """Have the group norms within a module, to be compiled for a GPU, sum channel by channel."""
+    """Replace the group norms within a module that is compiled for a GPU by ChannelwiseGroupNorm."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.GroupNorm) and child.affine:
@@ -274,7 +274,7 @@ def use_channelwise_group_norm(module: nn.Module) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Compilation:
-    """How models are compiled, at their first pass."""
+    """How a job's models are compiled."""
 
     options: Mapping[str, Any]
     """Those of `torch.compile`, the backend among them."""
@@ -307,7 +307,7 @@ class Compilation:
             )
 
     def apply(self, unet: "UNet2DConditionModel", vae: "AutoencoderKL") -> None:
-        """Have these models compiled.
+        """Compile these models, at their first pass.
 
         On a CPU their weights become constants of the graph, laid out for its kernels, without which nothing is gained;
         but blocks that are alike differ in their weights and would not share a graph.

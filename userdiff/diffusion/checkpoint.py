@@ -116,7 +116,7 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def config_values(configured: ConfigMixin) -> dict[str, Any]:
-    """Give the settings of a model or scheduler that differ from its class's defaults, and nothing else.
+    """Return the settings of a model or scheduler that differ from its class's defaults, and nothing else.
 
     So neither a path, nor a version, nor an option that a later diffusers adds, counts as a difference.
     """

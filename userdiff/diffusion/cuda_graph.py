@@ -50,7 +50,7 @@ class _Recording:
     output: Tensor
 
     def fits(self, given: tuple[Tensor, ...]) -> bool:
-        """Whether it was made for inputs such as these."""
+        """Return whether it was made for inputs of these shapes and types."""
         return [(kept.shape, kept.dtype) for kept in self.inputs] == [(new.shape, new.dtype) for new in given]
 
 

@@ -1,11 +1,14 @@
-"""One batch on the device: seeds in, pixels on their way to the host out; the device never waits for the host."""
+"""The one sampling sequence, seed -> noise -> denoise -> decode -> uint8, and a batch of the job on its way to the host.
+
+A GPU never waits for the host: its images leave through pinned memory, by a stream of their own.
+"""
 
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,38 +17,63 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from userdiff.config import JobConfig
-from userdiff.diffusion import sampler as sampling
+from userdiff.diffusion import sampler
 from userdiff.diffusion.acceleration import token_vectors
 from userdiff.diffusion.cuda_graph import GraphedUNet
+from userdiff.diffusion.gpu_errors import HEADROOM, first_line, free_memory, gpu_errors, is_out_of_memory
 from userdiff.diffusion.model import JobModel
 from userdiff.seeds import Item, item_seed
 from userdiff.shutdown import Failed
 
-HEADROOM = 2**30  # bytes that a GPU should have free: with less, cuDNN may take another kernel, and round otherwise
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+    from userdiff.diffusion.conditioning import UserConditionEncoder
 
 _POLL_SECONDS = 0.001
-_OUT_OF_MEMORY = (  # as torch on a CPU calls it, the runtimes of CUDA and HIP, Triton, cuBLAS, cuDNN
-    "DefaultCPUAllocator",
-    "out of memory",
-    "STATUS_ALLOC_FAILED",
-    "unable to find an engine",
-)
-_GPU_ERROR = (
-    "CUDA error",
-    "CUDA driver error",
-    "cuDNN error",
-    "CUDNN_STATUS",
-    "CUBLAS_STATUS",
-    "Triton Error",
-    "HIP error",
-    "miopen",
-    "NVML_SUCCESS",
-)
+
+
+def sample(
+    unet: "UNet2DConditionModel | GraphedUNet",
+    condition_encoder: "UserConditionEncoder",
+    vae: "AutoencoderKL",
+    scheduler: "DDIMScheduler",
+    seeds: Sequence[int],
+    rows: Sequence[int],
+    *,
+    num_inference_steps: int,
+    eta: float,
+    output_range: str,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    on_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Sample one batch of images, as the job and the training loop both do.
+
+    seeds, rows: [batch] the seed of each image, and its user's row of the embedding.
+    memory_format: that of the models' weights.
+    on_step: called before every UNet pass; what it raises ends the batch.
+    Returns [batch, channels, height, width] float32 on the device, nominally in [0, 1], not clamped yet.
+    """
+    generators = sampler.item_generators(seeds)
+    noise = sampler.initial_latents(generators, sampler.latents_shape(unet))
+    tokens = condition_encoder(sampler.to_device(torch.tensor(rows), device)).unsqueeze(1)
+    latents = sampler.denoise(
+        unet,
+        scheduler,
+        sampler.to_device(noise.contiguous(memory_format=memory_format), device),
+        token_vectors(unet, tokens),
+        num_inference_steps=num_inference_steps,
+        eta=eta,
+        generators=generators,
+        on_step=on_step,
+    )
+    return sampler.decode(vae, latents, output_range=output_range)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The images of a batch, computed or being computed."""
+    """The images of a batch of the job, computed or being computed."""
 
     items: Sequence[Item | None]
     """None for padding."""
@@ -56,20 +84,21 @@ class Batch:
     pixels: Tensor
     """[batch, height, width, channels] uint8"""
     arrival: torch.cuda.Event | None = None
-    """Of all three on the host."""
+    """When all three have come to the host; None where they were computed there."""
 
     def is_there(self) -> bool:
-        """Whether the images have come to the host; raises Failed where the GPU failed in between."""
+        """Return whether the images have come to the host; raises Failed where the GPU failed in between."""
         with gpu_errors():
             return self.arrival is None or self.arrival.query()
 
-    def wait(self) -> None:
-        """Wait until the images have come to the host; polls, so that a signal is seen."""
+    def wait(self, on_poll: Callable[[], None] = lambda: None) -> None:
+        """Wait until the images have come to the host, calling `on_poll` in between; what it raises ends the wait."""
         while not self.is_there():
+            on_poll()
             time.sleep(_POLL_SECONDS)
 
     def images(self) -> Iterator[tuple[Item, NDArray[np.uint8] | None]]:
-        """Give each item its image, [height, width, channels] uint8; None for one that is not finite."""
+        """Yield each item with its image, [height, width, channels] uint8; None for one that is not finite."""
         pixels = self.pixels.numpy()
         for row, (item, is_finite) in enumerate(zip(self.items, self.finite.tolist(), strict=True)):
             if item is not None:
@@ -79,96 +108,59 @@ class Batch:
 def start(
     config: JobConfig, model: JobModel, items: Sequence[Item | None], on_step: Callable[[], None] = lambda: None
 ) -> Batch:
-    """Compute a batch of images, None for padding. On a GPU this returns while it still computes.
+    """Compute a batch of the job, None for padding. On a GPU this returns while it still computes.
 
-    Padding is computed like the rest, from seed 0 and the first row of the embedding: a pass always has its shape.
-    `on_step` is asked before every UNet pass; what it raises ends the batch. Raises Failed where memory is too small
-    for the batch, with a size that was tried and found to do.
+    `on_step` is called before every UNet pass; what it raises ends the batch. Raises Failed where memory is too small
+    for the batch, naming a size that was tried and fits, and where the models cannot be compiled.
     """
     try:
         with gpu_errors():
             return _start(config, model, items, on_step)
     except (RuntimeError, MemoryError) as error:
-        said = _first_line(error)
-        if not _is_out_of_memory(error):
+        reason = first_line(error)
+        if not is_out_of_memory(error):
             if isinstance(error, TorchDynamoException):
-                raise Failed(f"the models cannot be compiled ({said}); --dynamo_backend no does without") from error
+                raise Failed(f"the models cannot be compiled ({reason}); --dynamo_backend no does without") from error
             raise
-    # only here, where the error no longer holds what the passes held
+    # Not within the `except`: there, the error still holds what the passes held.
     with gpu_errors():
         fitting = _fitting_batch_size(config, model, len(items))
-    remedy = f"--batch_size {fitting} would do" if fitting else f"nor does one alone ({said})"
+    remedy = f"--batch_size {fitting} would do" if fitting else f"nor does one alone ({reason})"
     raise Failed(
         f"--batch_size: {len(items)} images at a time do not fit into the memory of {model.device_name}, {remedy}"
     )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that a GPU has free, whoever else uses it; None for a CPU."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
-
-
-def _held_by_passes(device: torch.device) -> int:
-    """Return the bytes that passes held at most, since the peak was reset, beyond what is held now."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-
-
-@contextmanager
-def gpu_errors(too_small: str = "") -> Iterator[None]:
-    """Make Failed, a line, of what a GPU's libraries raise; of memory that is too small if that is said in `too_small`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if _is_out_of_memory(error):
-            if too_small:
-                raise Failed(f"--device: {too_small} ({_first_line(error)})") from error
-            raise
-        if any(name in str(error) for name in _GPU_ERROR):
-            raise Failed(f"--device: the GPU failed ({_first_line(error)})") from error
-        raise
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory was too small, by the error or by one that it came of, as when a CUDA graph was recorded."""
-    while error is not None:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(of in str(error) for of in _OUT_OF_MEMORY):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @torch.inference_mode()
 def _start(
     config: JobConfig, model: JobModel, items: Sequence[Item | None], on_step: Callable[[], None] = lambda: None
 ) -> Batch:
-    generators = sampling.item_generators([item_seed(config.seed, *item) if item else 0 for item in items])
-    noise = sampling.initial_latents(generators, sampling.latents_shape(model.unet))
-    user_index = torch.tensor([model.user_index[item[0]] if item else 0 for item in items])
-    tokens = model.condition_encoder(sampling.to_device(user_index, model.device)).unsqueeze(1)
-    latents = sampling.denoise(
+    # Padding is computed like the rest, from seed 0 and the first row: a pass always has its shape.
+    images = sample(
         model.unet,
+        model.condition_encoder,
+        model.vae,
         model.scheduler,
-        sampling.to_device(noise.contiguous(memory_format=model.memory_format), model.device),
-        token_vectors(model.unet, tokens),
+        [item_seed(config.seed, *item) if item else 0 for item in items],
+        [model.user_index[item[0]] if item else 0 for item in items],
         num_inference_steps=config.num_inference_steps,
         eta=config.eta,
-        generators=generators,
+        output_range=config.vae_output_range,
+        device=model.device,
+        memory_format=model.memory_format,
         on_step=on_step,
     )
-    images = sampling.decode(model.vae, latents, output_range=config.vae_output_range)
-    facts = sampling.contradicts_range(images, config.vae_output_range), sampling.finite_images(images)
-    (contradicts_range, finite, pixels), arrival = _download(*facts, sampling.to_uint8(images))
+    on_device = (
+        sampler.contradicts_range(images, config.vae_output_range),
+        sampler.finite_images(images),
+        sampler.to_uint8(images),
+    )
+    (contradicts_range, finite, pixels), arrival = _download(*on_device)
     return Batch(items=items, contradicts_range=contradicts_range, finite=finite, pixels=pixels, arrival=arrival)
 
 
 def _download(*tensors: Tensor) -> tuple[Sequence[Tensor], torch.cuda.Event | None]:
-    """Have tensors copied to the host, from a GPU by a stream of its own, into pinned memory."""
+    """Copy tensors to the host; from a GPU into pinned memory, with the event of their arrival as second value."""
     device = tensors[0].device
     if device.type != "cuda":
         return tensors, None
@@ -178,7 +170,7 @@ def _download(*tensors: Tensor) -> tuple[Sequence[Tensor], torch.cuda.Event | No
         on_host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
         arrival = stream.record_event()
     for tensor in tensors:
-        tensor.record_stream(stream)  # its memory is not another's before it is copied
+        tensor.record_stream(stream)  # its memory is given to nobody else before it is copied
     return on_host, arrival
 
 
@@ -190,27 +182,33 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 def _fitting_batch_size(config: JobConfig, model: JobModel, too_large: int) -> int | None:
     """Find, by halving, a batch size of which one UNet pass and the decoding fit into memory; None if not even one does.
 
-    On a GPU they leave HEADROOM, but a single image. Nothing is recorded, since a recording that fails keeps memory to
-    itself; what one would keep is left free too.
+    On a GPU they must leave HEADROOM, but for a single image. Nothing is recorded, since a recording that fails keeps its
+    memory; what a recording would keep is left free too.
     """
     one_step = replace(config, num_inference_steps=1)
     if isinstance(model.unet, GraphedUNet):
         model.unet.forget()
         model = replace(model, unet=model.unet.unet)
+    is_cuda = model.device.type == "cuda"
     items = [(next(iter(model.user_index)), 0)] * too_large
     with torch.compiler.set_stance("force_eager"):
         while items := items[: len(items) // 2]:
             gc.collect()
             try:
                 torch.cuda.empty_cache()
-                if model.device.type == "cuda":  # else what held most would be the try that failed
+                if is_cuda:  # else the peak would be that of the try that failed
                     torch.cuda.reset_peak_memory_stats(model.device)
                 _start(one_step, model, items).wait()
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 continue
+            held = (
+                torch.cuda.max_memory_allocated(model.device) - torch.cuda.memory_allocated(model.device)
+                if is_cuda
+                else 0
+            )
             free = free_memory(model.device)
-            if free is None or free - _held_by_passes(model.device) >= HEADROOM or len(items) == 1:
+            if free is None or free - held >= HEADROOM or len(items) == 1:
                 return len(items)
     return None

@@ -43,22 +43,22 @@ class JobModel:
     """`trained` or `random`."""
     device: torch.device
     compiled: str
-    """How; `no` where they are not."""
+    """How the models are compiled: `inductor`, for instance; `no` where they are not."""
     memory_format: torch.memory_format
-    """Of the models' weights and of the latents."""
+    """The layout of the weights and of the latents."""
     identity: dict[str, Any]
-    """What decides the pixels, for `run.json`."""
+    """What decides the pixels; see `userdiff.identity`."""
 
     @property
     def uncompressed_bytes(self) -> int:
-        """Of one image."""
+        """The size of one image, a byte a value."""
         _, height, width = latents_shape(self.unet)
         enlargement = 2 ** (len(self.vae.config.block_out_channels) - 1)
         return int(height * width * enlargement**2 * self.vae.config.out_channels)
 
     @property
     def device_name(self) -> str:
-        """Of the GPU, or of the CPU's kind."""
+        """The name of the GPU, or the CPU's architecture."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
 
     @property
@@ -68,7 +68,7 @@ class JobModel:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device computes in bf16; a CPU without such instructions does, and takes many times as long."""
+    """Return whether a device computes in bf16. Any CPU does, if without the instructions many times slower."""
     if device.type != "cuda":
         return True
     with torch.cuda.device(device):

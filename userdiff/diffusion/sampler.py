@@ -27,7 +27,7 @@ def initial_latents(generators: Sequence[Generator], shape: Sequence[int]) -> Te
 
 
 def latents_shape(unet: "UNet2DConditionModel") -> tuple[int, int, int]:
-    """Shape of one image's latents: (in_channels, height, width)."""
+    """Return the shape of one image's latents: (in_channels, height, width)."""
     size: Any = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return unet.config.in_channels, height, width
@@ -99,12 +99,12 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def finite_images(images: Tensor) -> Tensor:
-    """Which images hold only finite numbers: [batch, ...] float -> [batch] bool. Look before the clamp hides it."""
+    """Return which images hold only finite numbers: [batch, ...] float -> [batch] bool. Ask before the clamp hides it."""
     return torch.isfinite(images).flatten(1).all(1)
 
 
 def contradicts_range(images: Tensor, output_range: str) -> Tensor:
-    """Whether decoded images plainly come from a VAE trained on the other range than `output_range`: [] bool.
+    """Return whether decoded images plainly come from a VAE trained on the other range than `output_range`: [] bool.
 
     Taken as "unit", [-1, 1] images have many values below 0; taken as "signed", [0, 1] images have none below 0.5.
     """

@@ -1,4 +1,4 @@
-"""What a training loop calls to look at its model: the job's own sampling, on live model objects."""
+"""Sampling from a training loop: the job's own sequence, on live model objects."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from userdiff.diffusion.checkpoint import ddim_scheduler
 from userdiff.diffusion.conditioning import UserConditionEncoder
-from userdiff.diffusion.sampler import decode, denoise, initial_latents, item_generators, latents_shape, to_uint8
+from userdiff.diffusion.generate import sample
+from userdiff.diffusion.sampler import to_uint8
 from userdiff.seeds import item_seed
 
 if TYPE_CHECKING:
@@ -37,40 +38,44 @@ def generate_samples(
     unet, condition_encoder, vae: the models themselves; of those that accelerate prepared, `accelerator.unwrap_model`.
     noise_scheduler: the training loop's own; sampling uses DDIM on its schedule.
     user_index: user id -> row of the embedding; `user_id - 1` where it is not given.
+    batch_size: images of a pass; where one pass is not enough, the last one is padded, since kernels depend on its size.
     Returns [len(user_ids) * num_images_per_user, height, width, channels] uint8 on the CPU, user by user, images 0,
     1, ... of each: those a batch job with this seed makes, but for last bits where its batches are of another size.
-    Raises ValueError for a user that the model does not have. Puts the models in eval mode and back, and leaves the global generators alone.
+    Raises ValueError for a user that the model does not have. Puts the models in eval mode and back, and leaves the
+    global generators alone.
     """
     num_users = condition_encoder.user_embedding.num_embeddings
     row = {user_id: user_id - 1 for user_id in range(1, num_users + 1)} if user_index is None else user_index
     unknown = [user_id for user_id in user_ids if user_id not in row]
     if unknown or not user_ids:
         raise ValueError(f"user_ids: {unknown or 'none'} given, this model has users {sorted(row)}")
-    device = next(unet.parameters()).device
     scheduler = ddim_scheduler(noise_scheduler)
     items = [(user_id, image_index) for user_id in user_ids for image_index in range(num_images_per_user)]
-    batches = []
+    batch_size = min(batch_size, len(items))
+    images = []
     with _eval_mode(unet, condition_encoder, vae):
         for start in range(0, len(items), batch_size):
             batch = items[start : start + batch_size]
-            index = [row[user_id] for user_id, _ in batch]
-            generators = item_generators([item_seed(seed, *item) for item in batch])
-            latents = denoise(
+            padding = [0] * (batch_size - len(batch))
+            sampled = sample(
                 unet,
+                condition_encoder,
+                vae,
                 scheduler,
-                initial_latents(generators, latents_shape(unet)).to(device),
-                condition_encoder(torch.tensor(index, device=device)).unsqueeze(1),
+                [item_seed(seed, *item) for item in batch] + padding,
+                [row[user_id] for user_id, _ in batch] + padding,
                 num_inference_steps=num_inference_steps,
                 eta=eta,
-                generators=generators,
+                output_range=vae_output_range,
+                device=next(unet.parameters()).device,
             )
-            batches.append(to_uint8(decode(vae, latents, output_range=vae_output_range)).cpu())
-    return torch.cat(batches)
+            images.append(to_uint8(sampled[: len(batch)]).cpu())
+    return torch.cat(images)
 
 
 @contextmanager
 def _eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
-    """Put modules in eval mode (dropout off) for a while, then each, and each part of it, back into the mode it was in."""
+    """Put modules in eval mode (dropout off), then each part of them back into the mode it was in."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()

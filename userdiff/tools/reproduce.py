@@ -6,20 +6,19 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from userdiff.config import DEFAULT_BATCH_SIZE, DEFAULT_COMPRESS_LEVEL, MAX_IMAGES_PER_USER, JobConfig
-from userdiff.dataset.images import encode_png
-from userdiff.dataset.manifest import Recipe
+from userdiff.config import MAX_IMAGES_PER_USER, JobConfig
+from userdiff.dataset.png import encode_png
+from userdiff.dataset.recipe import Recipe
 from userdiff.dataset.run_record import RunRecord
-from userdiff.diffusion import generate as computing
+from userdiff.diffusion import generate
 from userdiff.diffusion.model import JobModel
 from userdiff.identity import describe_differences
-from userdiff.job.plan import seats
-from userdiff.seeds import Item
+from userdiff.seeds import Item, slots
 from userdiff.text import format_ids
 
 
 def make_image(config: JobConfig, model: JobModel, user_id: int, image_index: int) -> bytes:
-    """Make one image as the job would: the bytes of its PNG file, text chunks included.
+    """Make one image as the job would, and return the bytes of its PNG file, text chunks included.
 
     config, model: `parse_args` of the job's flags, and `load_model` of that. Batch size and compression are those of the
     flags, else those that the folder `--output_dir` began with; the rest of the batch is padding, so this takes as long as
@@ -37,7 +36,7 @@ def make_image(config: JobConfig, model: JobModel, user_id: int, image_index: in
     item = (int(user_id), int(image_index))  # of a table they may be numpy's
     batch_size, compress_level = _of_folder(config, model)
     with _job_kernels(config.allow_tf32):
-        batch = computing.start(config, model, _batch_of(item, batch_size))
+        batch = generate.start(config, model, _batch_of(item, batch_size))
         batch.wait()
     ((_, pixels),) = batch.images()
     if pixels is None:
@@ -51,24 +50,20 @@ def _of_folder(config: JobConfig, model: JobModel) -> tuple[int, int]:
     if record and record.run != model.run:
         changed = describe_differences(record.identity, model.identity)
         raise ValueError(f"--output_dir: {config.output_dir} holds images made otherwise ({changed})")
-    numerics = record.numerics if record else {}
-    batch_size = config.batch_size or numerics.get("batch_size", DEFAULT_BATCH_SIZE[model.device.type])
-    if config.png_compress_level is not None:
-        return batch_size, config.png_compress_level
-    return batch_size, numerics.get("png_compress_level", DEFAULT_COMPRESS_LEVEL)
+    return config.batch_size_and_level(record.numerics if record else {}, model.device.type)
 
 
 def _batch_of(item: Item, batch_size: int) -> list[Item | None]:
-    """Seat one image as every batch of the job does, among padding."""
+    """Return a batch with one image in its slot, among padding."""
     user_id, image_index = (np.array([number], dtype=np.int64) for number in item)
     batch: list[Item | None] = [None] * batch_size
-    batch[int(seats(user_id, image_index, batch_size)[0])] = item
+    batch[int(slots(user_id, image_index, batch_size)[0])] = item
     return batch
 
 
 @contextmanager
 def _job_kernels(allow_tf32: bool) -> Iterator[None]:
-    """Choose between kernels as a job does, for a while."""
+    """Fix, within this block, what chooses between kernels, as a job does."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
     matmul.allow_tf32 = allow_tf32

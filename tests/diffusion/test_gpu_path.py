@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.checkpoints import model_flags
 from userdiff.config import parse_args
-from userdiff.diffusion import generate as computing
+from userdiff.diffusion import generate
 from userdiff.diffusion import model as loading
 from userdiff.diffusion.acceleration import ChannelwiseGroupNorm, Compilation, FusedSelfAttnProcessor
 from userdiff.diffusion.cuda_graph import GraphedUNet
@@ -160,7 +160,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
-    monkeypatch.setattr(computing, "_copy_stream", Nothing)
+    monkeypatch.setattr(generate, "_copy_stream", Nothing)
     monkeypatch.setattr(loading, "has_bf16", lambda device: True)
     monkeypatch.setattr(Compilation, "apply", lambda *models: None)  # what is rewritten for a compiler, not compiled
     fake = FakeTensorMode()
@@ -207,7 +207,7 @@ def test_a_batch_neither_mixes_devices_nor_waits(
     gpu.is_watching = True
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: way == "compiled")
     steps = []
-    batch = computing._start(config, model, [(1, 0), None, (3, 7)], lambda: steps.append(gpu.num_uploads))
+    batch = generate._start(config, model, [(1, 0), None, (3, 7)], lambda: steps.append(gpu.num_uploads))
 
     assert isinstance(model.unet, GraphedUNet)
     assert {tensor.device for tensor in (*model.unet.parameters(), *model.vae.parameters())} == {GPU}

@@ -11,9 +11,9 @@ from torch._inductor.exc import InductorError
 from tests.checkpoints import model_flags
 from tests.jobs import play_processes, run_job, tree
 from userdiff import load_model, parse_args
-from userdiff.diffusion import generate as computing
+from userdiff.diffusion import generate, gpu_errors
 from userdiff.job import run as runner
-from userdiff.shutdown import Failed
+from userdiff.shutdown import Failed, Halted
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def job(checkpoint, tmp_path):
 @pytest.fixture
 def memory(monkeypatch):
     """Let batches above a size fail; those below leave so many bytes free."""
-    start = computing._start
+    start = generate._start
 
     def limit(largest, error, free_bytes=lambda size: 2**40):
         last = []
@@ -36,8 +36,8 @@ def memory(monkeypatch):
                 raise error
             return start(config, model, items, *args)
 
-        monkeypatch.setattr(computing, "_start", limited)
-        monkeypatch.setattr(computing, "free_memory", lambda device: free_bytes(*last))
+        monkeypatch.setattr(generate, "_start", limited)
+        monkeypatch.setattr(generate, "free_memory", lambda device: free_bytes(*last))
 
     return limit
 
@@ -98,7 +98,7 @@ def test_with_the_size_that_does_the_job_goes_on(job, tmp_path, memory, capsys):
 
 def test_the_size_that_does_leaves_headroom(job, memory, capsys):
     """With less, cuDNN silently takes another engine where its workspace does not fit."""
-    memory(20, TOO_SMALL["torch's"], lambda size: computing.HEADROOM if size <= 4 else computing.HEADROOM - 1)
+    memory(20, TOO_SMALL["torch's"], lambda size: gpu_errors.HEADROOM if size <= 4 else gpu_errors.HEADROOM - 1)
     assert run_job(*job, "--batch_size", 32) == 1
     assert ", --batch_size 4 would do; " in capsys.readouterr().err
 
@@ -116,13 +116,13 @@ def test_what_a_try_that_failed_held_counts_against_no_other(job, monkeypatch):
             raise TOO_SMALL["torch's"]
         return SimpleNamespace(wait=lambda: None)
 
-    monkeypatch.setattr(computing, "_start", start)
+    monkeypatch.setattr(generate, "_start", start)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 0))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - tried[-1] * 2**30, total))
-    assert computing._fitting_batch_size(asked, model, 256) == 32
+    assert generate._fitting_batch_size(asked, model, 256) == 32
     assert tried == [128, 64, 32]
 
 
@@ -135,7 +135,7 @@ def test_one_image_needs_none(job, memory, capsys):
 def test_a_card_that_is_nearly_full_is_told_of_once(job, tmp_path, monkeypatch, capsys):
     assert run_job(*job, "--output_dir", tmp_path / "roomy") == 0
     assert "memory free" not in capsys.readouterr().err
-    monkeypatch.setattr(computing, "free_memory", lambda device: computing.HEADROOM // 2)
+    monkeypatch.setattr(gpu_errors, "free_memory", lambda device: gpu_errors.HEADROOM // 2)
     assert run_job(*job, "--batch_size", 3) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "memory free" in line]
     assert "batches of 3 leave 537MB" in line
@@ -189,8 +189,8 @@ def test_a_card_that_fails_later_is_too(job, monkeypatch, capsys):
         def query(self):
             raise RuntimeError("CUDA error: unspecified launch failure\nmore")
 
-    start = computing._start
-    monkeypatch.setattr(computing, "_start", lambda *args: replace(start(*args), arrival=Event()))
+    start = generate._start
+    monkeypatch.setattr(generate, "_start", lambda *args: replace(start(*args), arrival=Event()))
     assert run_job(*job, "--batch_size", 2) == 1
     line = error_line(capsys)
     assert line.startswith(
@@ -205,7 +205,7 @@ def test_a_fault_of_ours_is_not_taken_for_the_cards(job, memory):
 
 
 def test_failed_is_what_a_gpu_error_becomes():
-    with pytest.raises(Failed) as raised, computing.gpu_errors():
+    with pytest.raises(Failed) as raised, gpu_errors.gpu_errors():
         raise RuntimeError("CUDA error: device-side assert triggered")
     assert raised.value.exit_status == 1
     assert isinstance(raised.value.__cause__, RuntimeError)
@@ -239,7 +239,7 @@ class Device:
             self.under_way.append(arrival)
             self.most_under_way = max(self.most_under_way, len(self.under_way))
             batch = compute(*args)
-            return computing.Batch(**{**vars(batch), "arrival": arrival})
+            return generate.Batch(**{**vars(batch), "arrival": arrival})
 
         return start
 
@@ -264,7 +264,7 @@ def test_batches_that_arrive_late_are_all_written(job, tmp_path, monkeypatch, nu
     assert run_job(*flags, "--output_dir", tmp_path / "expected") == 0
     devices = threading.local()
     seen = []
-    compute = computing.start
+    compute = generate.start
 
     def start(*args):
         if not hasattr(devices, "mine"):
@@ -272,7 +272,7 @@ def test_batches_that_arrive_late_are_all_written(job, tmp_path, monkeypatch, nu
             seen.append(devices.mine)
         return devices.mine.start(compute)(*args)
 
-    monkeypatch.setattr(computing, "start", start)
+    monkeypatch.setattr(generate, "start", start)
     assert play_processes(num_processes, *flags) == [0] * num_processes
     assert tree(tmp_path / "out") == tree(tmp_path / "expected")
     assert max(device.most_under_way for device in seen) == 2
@@ -280,17 +280,17 @@ def test_batches_that_arrive_late_are_all_written(job, tmp_path, monkeypatch, nu
 
 
 def test_what_has_arrived_when_a_job_ends_is_written(job, tmp_path, monkeypatch):
-    compute = computing.start
+    compute = generate.start
     device = Device()
     ended = []
 
     def start(*args):
         if device.begun == 2:
             ended.append(True)
-            raise runner.Halted("enough")
+            raise Halted("enough")
         return device.start(compute)(*args)
 
-    monkeypatch.setattr(computing, "start", start)
+    monkeypatch.setattr(generate, "start", start)
     monkeypatch.setattr(Arrival, "query", lambda arrival: arrival.number < device.begun or bool(ended))
     assert run_job(*job, "--batch_size", 3) == 1
     assert len([*(tmp_path / "out").glob("user_*/*.png")]) == 6  # the second came just when the job ended
