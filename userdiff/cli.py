@@ -5,31 +5,23 @@ import gc
 import os
 import signal
 import sys
-from collections import Counter
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from userdiff.config import UsageError, parse_args
-from userdiff.shutdown import Halted, Interrupt, Stopped, refusal
-from userdiff.text import natural_number, path
+from userdiff.config import JobConfig, UsageError, natural_number, parse_args, path
+from userdiff.shutdown import Halted, Shutdown, Stopped
+from userdiff.text import listed, refusal
 
-_LISTED = 20  # problems of a kind; --deep on a broken disk may find thousands
-_REMEDIES = {  # of what `verify` finds
-    "missing": "images and run.json: run the job's command; manifest.csv: that, or `userdiff merge`",
-    "changed": "images: remove those that have the size of their row, then run the job's command; manifest.csv: the job's "
-    "command writes it anew, and so does `userdiff merge`",
-    "unmerged": "`userdiff merge` records it, and so does the job's command",
-    "unrecorded": "`userdiff merge` records it, and so does the job's command",
-    "foreign": "move it away",
-}
-_SAY_PATIENCE = 5  # seconds or so, for a store that may be gone
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAIN_SECONDS = 10.0  # that a process leaves the main process to say what is wrong with the command, and to end the job
 
 _GENERATE_HELP = "generate a dataset: what batch_generate.py does, from anywhere (see `userdiff generate --help`)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a `userdiff` command and give the exit status."""
+    """Run a `userdiff` command and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["generate"]:  # has a parser of its own
         return generate(argv[1:], prog="userdiff generate")
@@ -38,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         exit_status = int(command(**values))
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody listens any longer, as after `| head`
+    except BrokenPipeError:  # nobody reads any longer, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        return _say_error(f"userdiff {name}: error: {refusal(error)}", 2)
+        return _print_error(f"userdiff {name}: error: {refusal(error)}", 2)
     except ValueError as error:
-        return _say_error(f"userdiff {name}: error: {error}", 2)
+        return _print_error(f"userdiff {name}: error: {error}", 2)
     return exit_status
 
 
@@ -82,6 +74,9 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# Generating ----------------------------------------------------------------------------------------------------------
+
+
 def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py") -> int:
     """Parse, validate, run; every way to end is one line and an exit status.
 
@@ -89,88 +84,84 @@ def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py")
     128 + n: stopped by signal n; the same command goes on from there.
     """
     try:
-        return _generate(argv, prog)
-    except KeyboardInterrupt:  # while torch was loading, or all was done; in between, the job ends in order
-        if os.environ.get("RANK", "0") == "0":  # torch, which could agree on who speaks, may be half loaded
-            print(f"{prog}: stopped by SIGINT", file=sys.stderr)
-        return 128 + signal.SIGINT
-
-
-def _generate(argv: Sequence[str] | None, prog: str) -> int:
-    try:
         config = parse_args(argv, prog)
     except UsageError as error:
-        return _say_error(f"{prog}: error: {error}", error.exit_status)
+        return _print_error(f"{prog}: error: {error}", error.exit_status)
 
-    # where the launcher is killed, torch would bury our last line under the stacks of every failed send
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    gc.disable()  # a tenth of the time goes into looking for garbage among what is only being made
-    from userdiff.job.run import run  # torch takes seconds to load, --help must not
+    def print_end(end: Halted) -> None:
+        is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        if _is_main_process() or (end.is_alone and is_first_here):
+            _print_error(_end_line(prog, config, end), end.exit_status, is_alone=end.is_alone)
 
-    gc.enable()
+    shutdown = Shutdown()
     try:
-        return run(config)
+        with shutdown.listen(), shutdown.last_words(print_end):
+            # where the launcher is killed, torch would bury our last line under the stacks of every failed send
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+            gc.disable()  # a tenth of the time goes into looking for garbage among what is only being made
+            from userdiff.job.run import run  # torch takes seconds to load, --help must not
+
+            gc.enable()
+            shutdown.check()
+            return run(config, shutdown)
     except UsageError as error:
-        return _say_error(f"{prog}: error: {error}", error.exit_status)
+        if shutdown.reason is not None and not _is_main_process():  # the main process has been told, and prints it
+            return error.exit_status
+        return _print_error(f"{prog}: error: {error}", error.exit_status)
     except Halted as end:
-        line = f"{prog}: {end}" if isinstance(end, Stopped) else f"{prog}: error: {end}"
-        if end.exit_status != UsageError.exit_status:  # the same command would do no better
-            progress = end.progress or f"what is done is kept in {config.output_dir}"
-            has_begun = config.overwrite and end.progress  # what was there before is removed
-            again = "the same command" + (", without --overwrite," if has_begun else "")
-            line += f"; {progress}, {again} goes on from there"
-        return _say_error(line, end.exit_status, is_alone=end.is_alone)
+        print_end(end)
+        return end.exit_status
+
+
+def _end_line(prog: str, config: JobConfig, end: Halted) -> str:
+    line = f"{prog}: {end}" if isinstance(end, Stopped) else f"{prog}: error: {end}"
+    if end.exit_status == UsageError.exit_status:  # the same command would do no better
+        return line
+    progress = end.progress or f"what is done is kept in {config.output_dir}"
+    has_begun = config.overwrite and end.progress  # what was there before is removed
+    again = "the same command" + (", without --overwrite," if has_begun else "")
+    return f"{line}; {progress}, {again} goes on from there"
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_error(line: str, status: int, *, is_alone: bool = False) -> int:
+    """Print the one line that a command ends with, and return its exit status.
+
+    The main process speaks for all of them. Another one, which found something wrong with the command, leaves it the
+    time to find the same, print it and end the job; if it does not, the trouble is of this machine alone, and is printed.
+    """
+    from userdiff.job.progress import unheard
+
+    if not _is_main_process() and not is_alone:
+        time.sleep(MAIN_SECONDS)
+    with unheard(sys.stderr):
+        print(" ".join(line.splitlines()), file=sys.stderr)
+    return status
+
+
+# The other commands --------------------------------------------------------------------------------------------------
 
 
 def status(output_dir: Path) -> int:
     """Say how far a dataset is and how its last run ended: images done, missing and failed, user by user."""
-    from userdiff.tools import audit
-    from userdiff.tools.run_summary import count
+    from userdiff.tools.status import status_lines
 
-    found = audit.read_status(output_dir)
-    print(f"{output_dir}: {found.state}{f' ({found.detail})' if found.detail else ''}")
-    print(f"{'user':>8} {'done':>8} {'missing':>8} {'failed':>8}")
-    total = [0, 0, 0]
-    for user_id, wanted in found.wanted.items():
-        done, failed = found.done.get(user_id, 0), found.failed.get(user_id, 0)
-        numbers = [done, wanted - done, failed]
-        total = [a + b for a, b in zip(total, numbers, strict=True)]
-        print(f"{user_id:>8}", *(f"{number:>8}" for number in numbers))
-    print(f"{'all':>8}", *(f"{number:>8}" for number in total))
-    if found.beyond:
-        print(f"and {count(found.beyond, 'image')} beyond the last request")
-    if found.unrecorded and found.state != "running":
-        print(
-            f"{count(found.unrecorded, 'image')} without a row, not counted here: `userdiff merge {output_dir}` records "
-            "what is this job's, and so does the job's command"
-        )
+    for line in status_lines(output_dir):
+        print(line)
     return 0
 
 
 def verify(output_dir: Path, deep: bool = False) -> int:
     """Compare a dataset's rows with its files: what is missing, changed, unrecorded, unmerged or foreign."""
-    from userdiff.dataset import run_record as record
-    from userdiff.job import progress
-    from userdiff.tools import audit
+    from userdiff.job.progress import show_reading
+    from userdiff.tools import verify as tool
 
-    problems = audit.verify(output_dir, deep=deep, track=progress.show_reading)
-    kinds = Counter(problem.kind for problem in problems)
-    for kind in kinds:
-        listed = [problem for problem in problems if problem.kind == kind]
-        for problem in listed[:_LISTED]:
-            print(f"{kind:<10}  {problem.name}: {problem.what}")
-        if len(listed) > _LISTED:
-            print(f"{kind:<10}  and {len(listed) - _LISTED} more")
-    what = "every image read" if deep else "sizes compared, contents not read"
-    print(
-        f"{output_dir}: {len(problems)} problem{'s' * (len(problems) != 1)} ({what})"
-        if problems
-        else f"{output_dir}: all is well ({what})"
-    )
-    for kind in kinds:
-        print(f"What is {kind}: {_REMEDIES[kind]}")
-    if holder := record.lock_holder(output_dir):
-        print(f"A job is at work here ({holder}): what is missing may be on its way")
+    problems = tool.verify(output_dir, deep=deep, track=show_reading)
+    for line in tool.problem_lines(output_dir, problems, deep=deep):
+        print(line)
     return 1 if problems else 0
 
 
@@ -179,41 +170,43 @@ def merge(output_dir: list[Path], into: Path | None = None) -> int:
 
     With --into: join the datasets of independent jobs, which may be interrupted, in one folder; they stay as they are.
     """
-    from userdiff.dataset import manifest
-    from userdiff.job import progress
-    from userdiff.tools import audit
+    from userdiff.dataset.layout import MANIFEST_NAME
+    from userdiff.job.progress import show_reading
+    from userdiff.tools import merge as tool
 
     if into is not None:
-        return _join(output_dir, into)
+        return _merge_into(output_dir, into)
     if len(output_dir) > 1:
         raise ValueError(f"{len(output_dir)} folders; --into DIR says in which one to join them")
-    rows = audit.merge(output_dir[0], track=progress.show_reading)
-    print(f"{output_dir[0] / manifest.MANIFEST_NAME}: {len(rows)} images")
+    rows = tool.merge(output_dir[0], track=show_reading)
+    print(f"{output_dir[0] / MANIFEST_NAME}: {len(rows)} images")
     return 0
 
 
-def _join(sources: list[Path], into: Path) -> int:
-    from userdiff.dataset import images, manifest
-    from userdiff.job import progress
-    from userdiff.tools import joining
+def _merge_into(sources: list[Path], into: Path) -> int:
+    from userdiff.dataset.layout import MANIFEST_NAME, file_name
+    from userdiff.job.progress import show_reading
+    from userdiff.tools import merge as tool
 
-    try:
-        with Interrupt().listen() as interrupt:
-            joined = joining.join(sources, into, interrupt=interrupt, track=progress.show_reading)
-    except Halted as end:
+    def print_end(end: Halted) -> None:
         line = f"userdiff merge: {'' if isinstance(end, Stopped) else 'error: '}{end}"
-        progress_made = f"{end.progress}, the same command goes on from there" if end.progress else ""
-        return _say_error(
-            f"{line}; {progress_made or 'nothing was changed, the same command starts again'}", end.exit_status
-        )
+        progress = f"{end.progress}, the same command goes on from there" if end.progress else ""
+        _print_error(f"{line}; {progress or 'nothing was changed, the same command starts again'}", end.exit_status)
+
+    shutdown = Shutdown()
+    try:
+        with shutdown.listen(), shutdown.last_words(print_end):
+            joined = tool.merge_into(sources, into, shutdown=shutdown, track=show_reading)
+    except Halted as end:
+        print_end(end)
+        return end.exit_status
     for text in joined.numerics:
         print(f"Warning: {text}; images of one folder may differ from those of another in last bits", file=sys.stderr)
     for folder, items in joined.left_out.items():
-        names = ", ".join(images.file_name(*item) for item in items[:_LISTED])
-        more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-        print(f"{folder}: {len(items)} images missing, damaged or of another run: {names}{more}")
+        names = listed([file_name(*item) for item in items])
+        print(f"{folder}: {len(items)} images missing, damaged or of another run: {names}")
     added = f"{joined.num_linked} linked and {joined.num_copied} copied now"
-    print(f"{into / manifest.MANIFEST_NAME}: {joined.num_images} images, {added}")
+    print(f"{into / MANIFEST_NAME}: {joined.num_images} images, {added}")
     if joined.num_missing:
         print(f"{joined.num_missing} of those asked for are not there: `userdiff status {into}` says whose")
     return 0
@@ -221,36 +214,36 @@ def _join(sources: list[Path], into: Path) -> int:
 
 def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, scale: int = 2) -> int:
     """Write a folder's `preview.html` from its manifest, and `picture` with the first `columns` images of each user."""
-    from userdiff.dataset import images, manifest
-    from userdiff.dataset import run_record as record
-    from userdiff.tools import preview as gallery
+    from userdiff.dataset.atomic import publish
+    from userdiff.dataset.layout import PREVIEW_NAME
+    from userdiff.dataset.run_record import RunRecord
+    from userdiff.dataset.scan import listed_rows
+    from userdiff.tools.preview import contact_sheet, preview_page
 
-    rows = manifest.listed_images(output_dir)
+    rows = listed_rows(output_dir)
     if picture is not None:
         _check_picture(picture)
     try:
-        run_record = record.RunRecord.read(output_dir)
+        run_record = RunRecord.read(output_dir)
     except (ValueError, OSError) as error:
         run_record = None
         print(f"Warning: {error}; the page is made without the run's facts", file=sys.stderr)
-    images.publish(output_dir / gallery.PREVIEW_NAME, gallery.preview_page(output_dir, rows, run_record))
-    print(output_dir / gallery.PREVIEW_NAME)
+    publish(output_dir / PREVIEW_NAME, preview_page(output_dir, rows, run_record))
+    print(output_dir / PREVIEW_NAME)
     if picture is not None:
-        gallery.contact_sheet(output_dir, rows, columns, scale).save(picture)
+        contact_sheet(output_dir, rows, columns, scale).save(picture)
         print(picture)
     return 0
 
 
-def _check_picture(path: Path) -> None:
-    from userdiff.dataset.images import PICTURE_SUFFIXES
-
-    if path.suffix.lower() not in PICTURE_SUFFIXES:
+def _check_picture(picture: Path) -> None:
+    if picture.suffix.lower() not in PICTURE_SUFFIXES:
         needed = " or ".join(PICTURE_SUFFIXES)
         raise ValueError(
-            f"--picture: {str(path)!r} does not say which kind of picture, needed: a name ending in {needed}"
+            f"--picture: {str(picture)!r} does not say which kind of picture, needed: a name ending in {needed}"
         )
-    if not path.parent.is_dir():
-        raise ValueError(f"--picture: {str(path)!r} lies in no folder, needed: one that exists")
+    if not picture.parent.is_dir():
+        raise ValueError(f"--picture: {str(picture)!r} lies in no folder, needed: one that exists")
 
 
 def inspect(output_dir: Path, real: Path | None = None, json: Path | None = None) -> int:
@@ -258,35 +251,14 @@ def inspect(output_dir: Path, real: Path | None = None, json: Path | None = None
 
     Damaged images are named and passed over.
     """
-    from userdiff.dataset import images
-    from userdiff.job import progress
-    from userdiff.tools import inspect as inspection
-    from userdiff.tools import inspect_report as findings
+    from userdiff.dataset.atomic import publish
+    from userdiff.job.progress import show_reading
+    from userdiff.tools import inspect as tool
+    from userdiff.tools.inspect_report import report_json, report_lines
 
-    report = inspection.inspect(output_dir, real, track=progress.show_reading)
+    report = tool.inspect(output_dir, real, track=show_reading)
     if json is not None:
-        images.publish(json, findings.report_json(report))
-    for line in findings.report_lines(str(output_dir), report):
+        publish(json, report_json(report))
+    for line in report_lines(str(output_dir), report):
         print(line)
     return 0
-
-
-def _say_error(line: str, status: int, *, is_alone: bool = False) -> int:
-    """Print one line, once: the main process does, before any process of the launch leaves. Returns `status`."""
-    from userdiff.job.progress import unheard
-
-    def say() -> None:
-        with unheard(sys.stderr):
-            print(" ".join(line.splitlines()), file=sys.stderr)
-
-    if is_alone or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        say()
-        return status
-    from userdiff.job.store import connect
-
-    try:
-        with connect(patience=_SAY_PATIENCE) as coordinator:
-            coordinator.say_once(say)
-    except Halted:  # the launcher is gone, and with it whoever could agree on who speaks
-        say()
-    return status

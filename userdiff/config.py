@@ -5,18 +5,18 @@ import dataclasses
 import difflib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from userdiff.text import MAX_USERS, id_range, number, path, whole_number
+from userdiff.text import MAX_USERS, id_range
 
 BUNDLED_CHECKPOINT = Path(__file__).parent / "demo" / "checkpoint"
 BUNDLED_NUM_USERS = 10
 DEFAULT_BATCH_SIZE = {"cpu": 16, "cuda": 64}
-"""Of a new folder, by the kind of device. Little is gained beyond, and all that is under way is lost at a stop."""
+"""For a new folder, by the kind of device. Larger batches gain little, and lose more when a job is stopped."""
 DEFAULT_COMPRESS_LEVEL = 6
 MAX_SEED = 2**63 - 1
 MAX_USER_ID = 10**18 - 1
@@ -50,11 +50,11 @@ class UsageError(Exception):
 
 
 @contextmanager
-def errors_of(flag: str) -> Iterator[None]:
-    """Turn what a library function says about bad input into a UsageError that names the flag it came by.
+def errors_of(flag: str, needed: str = "") -> Iterator[None]:
+    """Turn an error about bad input, raised within this block, into a UsageError that names the flag it came by.
 
-    Where the operating system said it, of a file, what the flag's help says is needed is added. A full disk is no bad
-    input, and passes.
+    needed: what is needed instead of a file that the operating system refused; by default what the flag's help says. A
+    full disk is no bad input, and passes.
     """
     try:
         yield
@@ -64,9 +64,45 @@ def errors_of(flag: str) -> Iterator[None]:
         what = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             helps = {f"--{declared.name}": declared.metadata["help"] for declared in dataclasses.fields(JobConfig)}
-            needed = helps[flag].partition(" (default: ")[0]
-            what = f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}), needed: {needed}"
+            needed = needed or helps.get(flag, "").partition(" (default: ")[0]
+            what = f"{os.fsdecode(error.filename)} cannot be used ({error.strerror})" + (
+                needed and f", needed: {needed}"
+            )
         raise UsageError(f"{flag}: {what}") from error
+
+
+# What argparse parses a flag's text with; it prints the message of what is raised here.
+
+
+def path(text: str) -> Path:
+    """Parse a path; an empty one, as of a shell variable that is not set, would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a path; the current folder is .")
+    return Path(text)
+
+
+def whole_number(text: str) -> int:
+    """Parse an int."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def natural_number(text: str) -> int:
+    """Parse an int from 1."""
+    value = whole_number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range, needed: 1 or more")
+    return value
+
+
+def number(text: str) -> float:
+    """Parse a float."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def _flag(group: str, help_text: str, default: Any = MISSING, **argparse_options: Any) -> Any:
@@ -199,8 +235,19 @@ class JobConfig:
 
     @property
     def is_bundled(self) -> bool:
-        """Whether the model is the one that comes with the package."""
+        """True where the model is the one that comes with the package."""
         return self.unet_path == BUNDLED_CHECKPOINT
+
+    def batch_size_and_level(self, numerics: Mapping[str, Any], device_type: str) -> tuple[int, int]:
+        """Return (batch size, PNG compression level): the flag's, else what the folder began with, else the default.
+
+        numerics: those of the folder's `run.json`; empty for a new folder. device_type: `cpu` or `cuda`.
+        """
+        level = self.png_compress_level
+        return (
+            self.batch_size or numerics.get("batch_size", DEFAULT_BATCH_SIZE[device_type]),
+            numerics.get("png_compress_level", DEFAULT_COMPRESS_LEVEL) if level is None else level,
+        )
 
     def _check_choices(self) -> None:
         for declared in dataclasses.fields(self):
@@ -231,7 +278,7 @@ class JobConfig:
             seen.add(user_id)
 
     def _check_output_dir(self) -> None:
-        """Find what no folder can be made of before the models are loaded, which may take minutes."""
+        """Refuse what no folder can be made of now: loading the models may take minutes."""
         with errors_of("--output_dir"):
             if any("\ud800" <= letter <= "\udfff" for letter in str(self.output_dir)):  # how Python reads other bytes
                 raise ValueError(f"{self.output_dir} is not UTF-8, needed: a name that the pages and lines can hold")
@@ -244,7 +291,7 @@ class JobConfig:
 
 
 def bundled_model() -> dict[str, Any]:
-    """Give the model fields of the bundled checkpoint: `JobConfig(**bundled_model(), output_dir=...)`."""
+    """Return the model fields of the bundled checkpoint: `JobConfig(**bundled_model(), output_dir=...)`."""
     paths = dict.fromkeys(("vae_path", "unet_path", "condition_encoder_path"), BUNDLED_CHECKPOINT)
     return {**paths, "num_users": BUNDLED_NUM_USERS}
 
@@ -282,9 +329,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
 def parse_args(argv: Sequence[str] | None = None, prog: str = "batch_generate.py") -> JobConfig:
     """Turn a command line into a checked JobConfig; raises UsageError, and SystemExit(0) after --help."""
-    namespace, strangers = make_parser(prog).parse_known_args(argv)
-    if strangers:
-        raise UsageError(_no_such_flag(strangers[0]))
+    namespace, unknown = make_parser(prog).parse_known_args(argv)
+    if unknown:
+        raise UsageError(_no_such_flag(unknown[0]))
     values = vars(namespace)
     for name in ("user_ids", "train_user_ids"):
         if values[name] is not None:
@@ -293,7 +340,7 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "batch_generate.py
 
 
 def _no_such_flag(token: str) -> str:
-    """Say of the first token that belongs to no flag what was probably meant."""
+    """Return what to say of the first token that belongs to no flag, with what was probably meant."""
     flag = token.partition("=")[0]
     if flag.strip(_DASHES) == flag:
         return f"{token!r}: no flag takes it; --help lists them"

@@ -1,13 +1,27 @@
-"""Why a job ends before it is done, and how the process that computes learns of it: signals, above all."""
+"""Ending before all is done: for which reasons, and how a process learns in time that it is to end.
+
+A signal sets a flag, which is looked at between DDIM steps and between files. A step of a large model, or loading one,
+may take longer than the ten seconds that a cluster leaves a process; so a thread hears of the signal too, and ends the
+process once GRACE_SECONDS are over. Files are published in one step each, so nothing is lost by that.
+"""
 
 import os
+import select
 import signal
+import socket
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+GRACE_SECONDS = 8.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LOOK_SECONDS = 0.5  # how often the thread looks for a launcher that has gone
+
+T = TypeVar("T")
 
 
 class Halted(Exception):
@@ -42,97 +56,103 @@ class Failed(Halted):
         self.is_alone = is_alone
 
 
-def refusal(error: OSError) -> str:
-    """Say what a file system refused, and where."""
-    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-
-
-class _Abandoned(Exception):
-    """Thrown into work that is given up, in the reason's place: compilers write into the errors that pass through them."""
-
-
-class Interrupt:
-    """The first reason for this process to end, whoever brings it: a signal, or a thread that heard of it."""
+class Shutdown:
+    """The reason for this process to end early, once there is one: a signal, or what a thread heard of the others."""
 
     def __init__(self) -> None:
         self.reason: Halted | None = None
-        self.may_raise = False
-        """Whether a signal may tear what the main thread is at."""
-        self._listening = False
-        self._lock = threading.Lock()  # no signal is sent once the handlers are gone
+        self._deadline = float("inf")
+        self._parent = os.getppid()
+        self._last_words: list[Callable[[Halted], None]] = []
+        self._sender: socket.socket | None = None  # what is sent wakes the watching thread
+        self._end = threading.Lock()  # held by the thread that ends the process, or by who tells it not to
 
     def check(self) -> None:
-        """Raise the reason, if there is one."""
+        """Raise the reason to end, if there is one. Cheap: ask often."""
         if self.reason is not None:
             raise self.reason
 
+    def checked(self, items: Iterable[T]) -> Iterator[T]:
+        """Pass on items, such as files, and ask before each one."""
+        for item in items:
+            self.check()
+            yield item
+
     def set(self, reason: Halted) -> None:
-        """Bring a reason, from any thread; the first counts."""
-        self.reason = self.reason or reason
-        with self._lock:
-            if self._listening:  # have `_on_signal` called there, whatever that thread waits in
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        """Set the reason to end, from any thread; the first one counts."""
+        if self.reason is None:
+            self.reason = reason
+            self._deadline = time.monotonic() + GRACE_SECONDS
+            self._wake()
+
+    def _wake(self) -> None:
+        sender = self._sender
+        with suppress(OSError):  # full, or closed since
+            if sender:
+                sender.send(b"\0")
+
+    def seconds_left(self) -> float:
+        """Return how long the process may still take to end in order."""
+        return max(self._deadline - time.monotonic(), 0)
+
+    def is_orphan(self) -> bool:
+        """Return whether the launcher that started this process has died: nobody else would tell it to end."""
+        return "LOCAL_RANK" in os.environ and os.getppid() != self._parent
 
     @contextmanager
-    def listen(self) -> Iterator["Interrupt"]:
-        """Take SIGINT and SIGTERM for reasons, instead of dying of them."""
-        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
-        self._listening = True
+    def last_words(self, say: Callable[[Halted], None]) -> Iterator[None]:
+        """Have `say` called, should the process be ended within this block; what was added last is called first."""
+        self._last_words.append(say)
+        try:
+            yield
+        finally:
+            self._last_words.remove(say)
+
+    @contextmanager
+    def listen(self) -> Iterator["Shutdown"]:
+        """Take SIGINT, SIGTERM and the launcher's death for reasons to end. For the main thread, once."""
+        receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        is_over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(receiver, is_over), name="shutdown", daemon=True)
+        watch.start()
+        before = {number: signal.signal(number, lambda number, _: self.set(Stopped(number))) for number in _SIGNALS}
+        # A Python handler waits for the operation in progress to return; the number that is sent here does not.
+        fd_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         try:
             yield self
         finally:
-            with self._lock:
-                self._listening = False
+            with self._end:  # never given back once the thread ends the process
+                is_over.set()
+            signal.set_wakeup_fd(fd_before)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self._wake()
+            watch.join()
+            receiver.close()
+            self._sender.close()
+            self._sender = None
 
-    def abandonable(self) -> "_Abandonable":
-        """Raise the reason at any instant within this block, for work that can be thrown away.
+    def _watch(self, receiver: socket.socket, is_over: threading.Event) -> None:
+        while True:
+            seconds = min(self.seconds_left(), _LOOK_SECONDS)
+            if select.select([receiver], [], [], seconds)[0]:
+                for number in receiver.recv(64):
+                    if number in _SIGNALS:
+                        self.set(Stopped(number))
+            if self.reason is None and self.is_orphan():
+                self.set(Stopped(signal.SIGTERM, is_alone=True))
+            with self._end:
+                if is_over.is_set():
+                    return
+                if self.reason is not None and not self.seconds_left():
+                    self._leave(self.reason)
 
-        A single pass of a large model takes longer than a job may take to stop.
-        """
-        return _Abandonable(self)
-
-    def _on_signal(self, signal_number: int, frame: FrameType | None) -> None:
-        self.reason = self.reason or Stopped(signal_number)
-        is_at_the_edge = frame is not None and frame.f_globals is globals()  # where nothing would take it
-        if self.may_raise and not is_at_the_edge:
-            self.may_raise = False  # once: what follows is an orderly end
-            raise _Abandoned
-
-
-class _Abandonable:
-    """The block of `Interrupt.abandonable`. No generator: a signal between its frame and ours would pass by both."""
-
-    def __init__(self, interrupt: Interrupt) -> None:
-        self._interrupt = interrupt
-
-    def __enter__(self) -> None:
-        self._interrupt.may_raise = True
-        if self._interrupt.reason is not None:
-            self._interrupt.may_raise = False
-            raise self._interrupt.reason
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self._interrupt.may_raise = False
-        if isinstance(error, Exception):
-            self._interrupt.check()  # whatever a library made of it
-
-
-@contextmanager
-def deadly_wait(is_orphan: Callable[[], bool]) -> Iterator[None]:
-    """Let Ctrl-C, or having become an orphan, end the process at once: a wait inside torch would hear of neither."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(1):
-            if is_orphan():
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=watch, name="orphan", daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
-        signal.signal(signal.SIGINT, before)
+    def _leave(self, reason: Halted) -> None:
+        for say in reversed(self._last_words):
+            with suppress(Exception):
+                say(reason)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(reason.exit_status)

@@ -1,34 +1,30 @@
-"""What the main process tells the user: the plan, one progress bar for the whole job, warnings, the outcome."""
+"""What the main process prints: the plan, one progress bar for the whole job, warnings, the outcome."""
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from userdiff.config import JobConfig
-from userdiff.dataset import images
-from userdiff.dataset.images import file_name
-from userdiff.dataset.manifest import MANIFEST_NAME, Finished
-from userdiff.dataset.rows import Item, Table
+from userdiff.dataset.layout import MANIFEST_NAME, PREVIEW_NAME, file_name
+from userdiff.dataset.run_record import RunEntry
+from userdiff.dataset.scan import Finished
 from userdiff.diffusion.model import JobModel
 from userdiff.job import progress
 from userdiff.job.plan import Plan
 from userdiff.job.store import Coordinator
+from userdiff.seeds import Item
 from userdiff.shutdown import Halted
-from userdiff.text import format_ids
-from userdiff.tools.preview import PREVIEW_NAME
-from userdiff.tools.run_summary import count
+from userdiff.text import count, format_ids, listed
 
-_LISTED = 20  # images named one by one; more would bury what else is said
 _REFRESH_SECONDS = 0.2  # a DDIM step of a small model takes less, and need not ask the store each time
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     with progress.unheard(sys.stdout):
         tqdm.write(line, file=sys.stdout)  # unlike print, it does not tear the progress bar
 
@@ -39,16 +35,16 @@ def _warn(line: str) -> None:
 
 
 def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int, found: Finished) -> None:
-    """Say what is about to be made, from what, by whom, and what it takes; `found` is what is there already."""
+    """Print what is about to be made, from what, by whom, and what it takes; `found` is what is there already."""
     if config.is_bundled:
-        _say("Model: the bundled checkpoint, ten users, user k writes the digit k-1 (no model path was given)")
+        _print("Model: the bundled checkpoint, ten users, user k writes the digit k-1 (no model path was given)")
     if model.conditioning == "random":
-        _warn_of_random_conditioning(config)
-    plain = all(index == user_id - 1 for user_id, index in model.user_index.items())
-    rows = "id - 1" if plain else " ".join(f"{user_id}:{index}" for user_id, index in model.user_index.items())
-    _say(f"Users: {format_ids(plan.user_ids)}; row of the embedding: {rows}")
+        warn_of_random_conditioning(config)
+    is_plain = all(index == user_id - 1 for user_id, index in model.user_index.items())
+    rows = "id - 1" if is_plain else " ".join(f"{user_id}:{index}" for user_id, index in model.user_index.items())
+    _print(f"Users: {format_ids(plan.user_ids)}; row of the embedding: {rows}")
     noise = model.scheduler.config
-    _say(
+    _print(
         f"Noise schedule: {noise.beta_schedule} {noise.beta_start:g} to {noise.beta_end:g}, {noise.num_train_timesteps} steps, "
         f"{noise.prediction_type}, samples {'clipped' if noise.clip_sample else 'not clipped'}"
         f"{'' if config.scheduler_path else '; the default, --scheduler_path names another'}"
@@ -58,45 +54,34 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
             f"--train_user_ids names {len(config.train_user_ids)} users, the table has {config.num_users} rows; a missing "
             "id shifts the rows of all after it"
         )
-    made = plan.num_items - plan.num_waiting
     precision = model.identity.get("mixed_precision", "float32")
-    _say(f"Output: {config.output_dir}; made on {model.device_name} in {precision}")
-    _say(
+    _print(f"Output: {config.output_dir}; made on {model.device_name} in {precision}")
+    _print(
         f"Plan: {count(plan.num_items, 'image')} ({count(len(plan.user_ids), 'user')} x {plan.num_images_per_user}), "
-        f"{made} already there, {plan.num_waiting} to make in {count(len(plan.batches), 'batch', 'batches')} of {plan.batch_size} "
+        f"{plan.num_items - plan.num_pending} already there, {plan.num_pending} to make in "
+        f"{count(len(plan.batches), 'batch', 'batches')} of {plan.batch_size} "
         f"by {count(num_processes, 'process', 'processes')} on {model.device.type}"
     )
     if 0 < plan.num_items < plan.batch_size and config.batch_size is None and not found.rows:
-        _say(
+        _print(
             f"Note: {count(plan.num_items, 'image')} in batches of {plan.batch_size}; --batch_size {plan.num_items} would do"
         )
     elif config.dry_run:
-        _say(
-            f"Padding: {plan.batches.size - plan.num_waiting} of the {plan.batches.size} rows of these batches are computed "
+        _print(
+            f"Padding: {plan.batches.size - plan.num_pending} of the {plan.batches.size} rows of these batches are computed "
             "and thrown away"
         )
-    if model.compiled != "no" and plan.num_waiting:
-        _say(
+    if model.compiled != "no" and plan.num_pending:
+        _print(
             f"Compiling ({model.compiled}): the first batch takes minutes longer, less once the compiler's cache is warm"
         )
-    _say_what_lies_beyond(plan, found)
-    _warn_of_others(config.output_dir, found)
-    _say_disk(config.output_dir, model, plan, found.rows)
+    _print_beyond(plan, found)
+    _warn_of_foreign_files(config.output_dir, found)
+    _print_disk(config.output_dir, model, plan, found)
 
 
-def say_removed(config: JobConfig, number: int) -> None:
-    """Say what `--overwrite` has removed, or would."""
-    _say(
-        f"{'To be removed' if config.dry_run else 'Removed'}: {count(number, 'image')} of earlier runs, from {config.output_dir}"
-    )
-
-
-def conclude_dry_run(output_dir: Path) -> None:
-    """Say that it was one."""
-    _say(f"Dry run: nothing was made, and {output_dir} is as it was")
-
-
-def _say_what_lies_beyond(plan: Plan, found: Finished) -> None:
+def _print_beyond(plan: Plan, found: Finished) -> None:
+    """Print what is there beyond the request, and what was there and is not any longer."""
     asked_for = set(plan.user_ids)
 
     def is_beyond(item: Item) -> bool:
@@ -108,63 +93,77 @@ def _say_what_lies_beyond(plan: Plan, found: Finished) -> None:
     }
     if any(beyond.values()):
         users = format_ids(user_id for user_id, number in beyond.items() if number)
-        _say(f"Beyond this request: {count(sum(beyond.values()), 'image')} of users {users} are there too, and stay")
-    _list("Warning", [item for item in found.lost if is_beyond(item)], "beyond this request and missing or damaged")
+        _print(f"Beyond this request: {count(sum(beyond.values()), 'image')} of users {users} are there too, and stay")
+    _print_images(
+        "Warning", [item for item in found.lost if is_beyond(item)], "beyond this request and missing or damaged"
+    )
     again = [item for item in found.lost if not is_beyond(item)]
-    _list("Note", again, "missing or damaged and made again")
+    _print_images("Note", again, "missing or damaged and made again")
 
 
-def _warn_of_others(output_dir: Path, found: Finished) -> None:
-    others = [*found.others, *(file_name(*item) for item in found.strangers)]
-    if others:
-        more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
-        are, them = ("is", "it") if len(others) == 1 else ("are", "them")
+def _warn_of_foreign_files(output_dir: Path, found: Finished) -> None:
+    foreign = [*found.foreign_files, *(file_name(*item) for item in found.foreign_images)]
+    if foreign:
+        are, them = ("is", "it") if len(foreign) == 1 else ("are", "them")
         _warn(
-            f"{count(len(others), 'file')} beside the images {are} not of this job, and loaders may read {them} too: "
-            f"{', '.join(others[:_LISTED])}{more}; `userdiff verify {output_dir}` lists all"
+            f"{count(len(foreign), 'file')} beside the images {are} not of this job, and loaders may read {them} too: "
+            f"{listed(foreign)}; `userdiff verify {output_dir}` lists all"
         )
 
 
-def note_manifest(output_dir: Path) -> None:
-    """Say that the manifest is not what the last run left."""
-    what = "not as it was published" if (output_dir / MANIFEST_NAME).exists() else "gone"
-    _say(f"Note: {MANIFEST_NAME} is {what}; its rows are made again from the images")
+def _print_disk(output_dir: Path, model: JobModel, plan: Plan, found: Finished) -> None:
+    """Print what the images to make will take: by those that are there, else at most what they take uncompressed."""
+    if plan.num_pending:
+        size = found.rows.num_bytes() / len(found.rows) if found.rows else model.uncompressed_bytes
+        about = "about" if found.rows else "at most"
+        needed, free = plan.num_pending * size, _free_bytes(output_dir)
+        _print(f"Disk: {about} {_bytes(needed)} to write, {_bytes(free)} free")
+        _warn_of_full_disk(output_dir, plan.num_pending, about, needed)
 
 
-def _say_disk(output_dir: Path, model: JobModel, plan: Plan, rows: Table) -> None:
-    if not plan.num_waiting:
-        return
-    size = rows.num_bytes() / len(rows) if rows else model.uncompressed_bytes
-    about = "about" if rows else "at most"
-    space = images.space(output_dir, plan.num_waiting, size)
-    _say(f"Disk: {about} {_bytes(space.needed)} to write, {_bytes(space.free)} free")
-    if space.is_short:
-        _warn_of_full_disk(output_dir, space, about)
+def _warn_of_full_disk(output_dir: Path, num_images: int, about: str, needed: float) -> None:
+    free = _free_bytes(output_dir)
+    if needed > free:
+        _warn(
+            f"{num_images} images take {about} {_bytes(needed)}, and {output_dir} has {_bytes(free)} free; a full disk stops "
+            "the job, and what is made stays"
+        )
 
 
-def _warn_of_full_disk(output_dir: Path, space: images.Space, about: str) -> None:
-    has = f"{output_dir} has {_bytes(space.free)} free"
-    if space.needed <= space.free:
-        has = f"its file system has room for {space.free_files} more files"
-    _warn(
-        f"{space.num_files} images take {about} {_bytes(space.needed)}, and {has}; a full disk stops the job, and what is "
-        "made stays"
-    )
+def _free_bytes(output_dir: Path) -> int:
+    return shutil.disk_usage(next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())).free
 
 
 def _bytes(number: float) -> str:
     return f"{tqdm.format_sizeof(number, divisor=1000)}B"
 
 
+def print_removed(config: JobConfig, number: int) -> None:
+    """Print what `--overwrite` has removed, or would."""
+    removed = "To be removed" if config.dry_run else "Removed"
+    _print(f"{removed}: {count(number, 'image')} of earlier runs, from {config.output_dir}")
+
+
+def conclude_dry_run(output_dir: Path) -> None:
+    """Print that nothing was made."""
+    _print(f"Dry run: nothing was made, and {output_dir} is as it was")
+
+
+def note_manifest(output_dir: Path) -> None:
+    """Print that the manifest is not what the last run left."""
+    what = "not as it was published" if (output_dir / MANIFEST_NAME).exists() else "gone"
+    _print(f"Note: {MANIFEST_NAME} is {what}; its rows are made again from the images")
+
+
 @contextmanager
 def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Iterator[Callable[[], None]]:
-    """Show one bar for the whole job; the function given refreshes it and raises when the job is to end.
+    """Show one bar for the whole job; the value is a function that refreshes it, and raises when the job is to end.
 
-    Once there is a batch of images to judge by, a disk that will not hold the rest is said.
+    Once there is a batch of images to judge by, a disk that will not hold the rest is warned of.
     """
-    done = plan.num_items - plan.num_waiting
+    done = plan.num_items - plan.num_pending
     with progress.make_bar(plan.num_items, done) as bar:
-        shown, is_judged = time.monotonic(), not plan.num_waiting
+        shown, is_judged = time.monotonic(), not plan.num_pending
 
         def refresh() -> None:
             nonlocal shown, is_judged
@@ -174,15 +173,13 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
             shown = time.monotonic()
             num_images, num_bytes = coordinator.published()
             show(num_images)
-            if not is_judged and num_images >= min(plan.batch_size, plan.num_waiting):
+            if not is_judged and num_images >= min(plan.batch_size, plan.num_pending):
                 is_judged = True
-                left = plan.num_waiting - num_images
-                space = images.space(output_dir, left, num_bytes / num_images)
-                if space.is_short:
-                    _warn_of_full_disk(output_dir, space, "about")
+                left = plan.num_pending - num_images
+                _warn_of_full_disk(output_dir, left, "about", left * num_bytes / num_images)
 
         def show(num_images: int) -> None:
-            if num_failed := coordinator.num_failed():
+            if num_failed := coordinator.num_reported("failed"):
                 bar.set_postfix_str(f"{num_failed} failed", refresh=False)
             bar.update(done + num_images - bar.n)  # shows itself every `mininterval`
 
@@ -197,41 +194,40 @@ def conclude(
     config: JobConfig,
     model: JobModel,
     plan: Plan,
-    entry: dict[str, Any],
+    entry: RunEntry,
     *,
     not_finite: Collection[Item],
     flat: Sequence[Item],
+    num_flat: int,
 ) -> None:
-    """Say what came of it and where to look; `entry` is the run's in the record's history."""
-    failed = entry["failed"]
-    _say(
-        f"Done: {plan.num_items - len(failed)} of {count(plan.num_items, 'image')} in {config.output_dir}, {entry['published']} "
-        f"of them made now{_rate(entry)}"
+    """Print what came of it and where to look.
+
+    entry: the run's in the record's history. not_finite, flat: images that could not be saved, and of one colour, of
+    which there may be more than are named.
+    """
+    seconds = entry.seconds() or 0
+    rate = f" in {tqdm.format_interval(seconds)}, {entry.published / seconds:.2f} images/s" if seconds else ""
+    _print(
+        f"Done: {plan.num_items - len(entry.failed)} of {count(plan.num_items, 'image')} in {config.output_dir}, "
+        f"{entry.published} of them made now{rate if entry.published else ''}"
     )
-    bad = [item for item in failed if item in not_finite]
-    gone = [item for item in failed if item not in not_finite]
-    _list("Failed", bad, "not finite; the same command tries again")
-    _list("Failed", gone, "gone or changed since written; the same command makes up for it")
-    _list("Warning", flat, "one single colour, which a model seldom means")
+    bad = [item for item in entry.failed if item in not_finite]
+    gone = [item for item in entry.failed if item not in not_finite]
+    _print_images("Failed", bad, "not finite; the same command tries again")
+    _print_images("Failed", gone, "gone or changed since written; the same command makes up for it")
+    _print_images("Warning", flat, "one single colour, which a model seldom means", num_flat)
     if model.conditioning == "random":
-        _warn_of_random_conditioning(config)
-    _say(f"Labels: {config.output_dir / MANIFEST_NAME}")
-    _say(f"Look at it: {config.output_dir / PREVIEW_NAME}")
+        warn_of_random_conditioning(config)
+    _print(f"Labels: {config.output_dir / MANIFEST_NAME}")
+    _print(f"Look at it: {config.output_dir / PREVIEW_NAME}")
 
 
-def _rate(entry: dict[str, Any]) -> str:
-    seconds = (datetime.fromisoformat(entry["ended"]) - datetime.fromisoformat(entry["started"])).total_seconds()
-    if not entry["published"] or not seconds:
-        return ""
-    return f" in {tqdm.format_interval(seconds)}, {entry['published'] / seconds:.2f} images/s"
-
-
-def _list(title: str, items: Sequence[Item], what: str) -> None:
-    if not items:
-        return
-    names = ", ".join(file_name(*item) for item in items[:_LISTED])
-    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    _say(f"{title}: {len(items)} {'image is' if len(items) == 1 else 'images are'} {what}: {names}{more}")
+def _print_images(title: str, items: Sequence[Item], what: str, number: int | None = None) -> None:
+    """Print the number of images, all or more than `items`, and the first ones by name."""
+    number = number or len(items)
+    if items:
+        are = "image is" if number == 1 else "images are"
+        _print(f"{title}: {number} {are} {what}: {listed([file_name(*item) for item in items], number)}")
 
 
 def warn_of_numerics(name: str, before: object, after: object) -> None:
@@ -251,8 +247,8 @@ def warn_of_mixture(name: str, process: str, here: object, there: object) -> Non
 
 
 def note_precision(device_name: str) -> None:
-    """Say that the launcher's bf16 became fp16."""
-    _say(f"Note: the launcher's configuration says bf16, which {device_name} has not; made in fp16")
+    """Print that the launcher's bf16 became fp16."""
+    _print(f"Note: the launcher's configuration says bf16, which {device_name} has not; made in fp16")
 
 
 def warn_of_shared_gpus(num_processes: int, num_gpus: int) -> None:
@@ -285,7 +281,8 @@ def warn_of_range(output_range: str) -> None:
     _warn(f"the decoded images contradict --vae_output_range {output_range}; --vae_output_range {other} may be right")
 
 
-def _warn_of_random_conditioning(config: JobConfig) -> None:
+def warn_of_random_conditioning(config: JobConfig) -> None:
+    """Warn that images will not show the users they are filed under."""
     _warn(
         f"the weights in {config.condition_encoder_path} do not fit; the condition encoder is RANDOM, images do not show "
         "the users they are filed under, and every row says conditioning=random"

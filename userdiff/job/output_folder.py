@@ -1,254 +1,238 @@
-"""The output folder as a job finds and leaves it: locked, its record checked, started again, its history kept."""
+"""The output folder as a job finds and leaves it: locked, its record checked, emptied if asked, its history kept."""
 
 import errno
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from userdiff.config import JobConfig, UsageError, errors_of
-from userdiff.dataset import images, manifest
-from userdiff.dataset import run_record as record
-from userdiff.dataset.run_record import RunRecord
+from userdiff.dataset import layout, locks
+from userdiff.dataset.atomic import remove_temporaries
+from userdiff.dataset.manifest import is_manifest, num_part_rows, recorded_rows
+from userdiff.dataset.png import RUN_CHUNK, read_text_chunks
+from userdiff.dataset.run_record import RunEntry, RunRecord, now
+from userdiff.dataset.scan import user_folders
 from userdiff.identity import describe_differences, identity_hash
-from userdiff.job import console, launcher
-from userdiff.job import shared_folder as sharing
+from userdiff.job import launcher, shared_folder
 from userdiff.job.plan import Plan
 from userdiff.job.store import Coordinator
 from userdiff.seeds import Item
-from userdiff.shutdown import Failed, Halted, Interrupt, Stopped, refusal
-from userdiff.text import format_ids
-from userdiff.tools.preview import PREVIEW_NAME
+from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
+from userdiff.text import format_ids, refusal
 
-LEAVE_SECONDS = 7.0  # for the others to write what they have computed, when a job ends early
+LEAVE_SECONDS = 7.0  # for the other processes to write what they have computed, when a job ends early
+
+_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room, or have the quota raised",
+    errno.EROFS: "have it mounted for writing",
+    errno.EACCES: "have it made writable",
+    errno.EPERM: "have it made writable",
+    errno.EISDIR: "move it away",
+    errno.ENOTDIR: "move it away",
+}
 
 
 @contextmanager
 def open_folder(
-    config: JobConfig, identity: dict[str, Any], user_ids: Collection[int], coordinator: Coordinator
+    config: JobConfig,
+    identity: dict[str, Any],
+    user_ids: Collection[int],
+    coordinator: Coordinator,
+    on_removed: Callable[[int], None],
 ) -> Iterator[RunRecord | None]:
-    """Make the folder if needed, hold its lock, have every machine see it, and give the record it has, if any.
+    """Hold the output folder for this job; the value is the record that a job before it left, None in a new folder.
 
-    Raises UsageError where it holds images of another identity or of nobody knows what. With --overwrite those of
-    a job are removed first, and all it recorded; a folder begun anew has no record.
+    Raises UsageError where it is held by another job, or holds images of another identity or of unknown origin. With
+    --overwrite, what earlier jobs wrote is removed; `on_removed` is called with the number of images.
     """
-    output_dir, interrupt = config.output_dir, coordinator.interrupt
+    output_dir = config.output_dir
     with ExitStack() as held:
         with errors_of("--output_dir"):
-            held.enter_context(record.made_folder(output_dir))
-            held.enter_context(record.folder_lock(output_dir))
-            with interrupt.abandonable():
-                record.wait_for_writers(output_dir)
+            # 1. The folder is there, and stays no longer than it is needed if nothing comes of it.
+            held.enter_context(locks.made_folder(output_dir))
+            # 2. No other job has it, ...
+            held.enter_context(locks.folder_lock(output_dir))
+            # 3. ... and no process that outlived an earlier job can still write to it.
+            locks.wait_for_writers(output_dir, on_poll=coordinator.check)
         held.callback(_forget_writers, output_dir)
-        if config.overwrite and launcher.restart_count() == 0:  # a restarted group goes on where the first one failed
-            old, own = None, _own_images(config, user_ids, interrupt)
-        else:
-            old, own = _checked_record(config, identity, interrupt), None
-        held.enter_context(sharing.shown(output_dir, coordinator))
-        if own is not None:
-            _start_again(config, own)
+        # 4. What lies there is ours and of the same identity, or may be removed; so far, nothing has been written.
+        #    A group that its launcher restarted goes on where the first one failed, whatever --overwrite says.
+        is_anew = config.overwrite and launcher.restart_count() == 0
+        own = own_images(config, user_ids, coordinator.shutdown) if is_anew else []
+        old = None if is_anew else checked_record(config, identity, coordinator.shutdown)
+        # 5. Every machine sees the folder. Only now may anything be removed.
+        held.enter_context(shared_folder.shown(output_dir, coordinator))
+        if is_anew:
+            _remove(output_dir, own)
+            on_removed(len(own))
         yield old
 
 
-def look_into(
-    config: JobConfig, identity: dict[str, Any], user_ids: Collection[int], interrupt: Interrupt
-) -> RunRecord | None:
-    """Do of `open_folder` what changes nothing."""
+def check_folder(config: JobConfig, identity: dict[str, Any], shutdown: Shutdown) -> RunRecord | None:
+    """Run the checks of `open_folder` that change nothing, for a dry run; returns the folder's record."""
     nearest = next(path for path in (config.output_dir, *config.output_dir.absolute().parents) if path.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UsageError(f"--output_dir: {nearest} cannot be written to")
-    if config.overwrite:
-        console.say_removed(config, len(_own_images(config, user_ids, interrupt)))
-        return None
-    return _checked_record(config, identity, interrupt)
+    return None if config.overwrite else checked_record(config, identity, shutdown)
 
 
-def _checked_record(config: JobConfig, identity: dict[str, Any], interrupt: Interrupt) -> RunRecord | None:
+def checked_record(config: JobConfig, identity: dict[str, Any], shutdown: Shutdown) -> RunRecord | None:
+    """Read the folder's record; raises UsageError where what lies there is not of this identity."""
     with errors_of("--output_dir"):
         old = RunRecord.read(config.output_dir)
     if old is None:
-        with interrupt.abandonable():
-            _refuse_foreign(config.output_dir, identity_hash(identity))
-    else:
-        _refuse_other_identity(config, old, identity)
-    return old
-
-
-def _forget_writers(output_dir: Path) -> None:
-    with suppress(ValueError, OSError):  # one may be at it still: the next job will wait for it
-        record.wait_for_writers(output_dir, seconds=0)
-
-
-def _refuse_foreign(output_dir: Path, run: str | None = None) -> None:
-    """Raise UsageError where user folders hold anything but this run's images (of any run, without `run`)."""
-    labels = output_dir / manifest.MANIFEST_NAME
-    if labels.is_file() and not manifest.is_manifest(labels):
-        raise UsageError(
-            f"--output_dir: {output_dir} has no {record.RECORD_NAME} but holds a {labels.name} that no job made; use "
-            "another folder, or move it away"
-        )
-    for path in images.user_files(output_dir):
-        name = path.relative_to(output_dir).as_posix()
-        text = images.read_text_chunks(path) if images.parse_file_name(name) else None
-        made_by = (text or {}).get(images.RUN_CHUNK)
-        if made_by is None:
-            raise UsageError(
-                f"--output_dir: {output_dir} has no {record.RECORD_NAME} but holds {name}, which no job is known to have "
-                "made; use another folder, or move it away"
-            )
-        if run not in (None, made_by):
-            raise UsageError(
-                f"--output_dir: {output_dir} has no {record.RECORD_NAME} but holds {name}, made with another model or "
-                "other settings; use another folder, or start again with --overwrite"
-            )
-
-
-def _refuse_other_identity(config: JobConfig, old: RunRecord, identity: dict[str, Any]) -> None:
-    if changed := describe_differences(old.identity, identity):
+        _refuse_unknown_origin(config.output_dir, shutdown, identity_hash(identity))
+    elif changed := describe_differences(old.identity, identity):
         precisions = [one.get("mixed_precision", "no") for one in (old.identity, identity)]
         keeps = f"--mixed_precision {precisions[0]} keeps that; " if precisions[0] != precisions[1] else ""
         raise UsageError(
             f"--output_dir: {config.output_dir} holds images made otherwise ({changed}); {keeps}use another folder, or start "
             "again with --overwrite"
         )
+    return old
 
 
-def refuse_strangers(config: JobConfig, user_ids: Collection[int], strangers: Collection[Item], flag: str) -> None:
+def _refuse_unknown_origin(output_dir: Path, shutdown: Shutdown, run: str | None = None) -> None:
+    """Raise UsageError where a folder without a record holds anything but this run's images; without `run`, any run's."""
+    has_no_record = f"--output_dir: {output_dir} has no {layout.RECORD_NAME} but holds"
+    labels = output_dir / layout.MANIFEST_NAME
+    if labels.is_file() and not is_manifest(labels):
+        raise UsageError(f"{has_no_record} a {labels.name} that no job made; use another folder, or move it away")
+    for folder in layout.user_folders(output_dir):
+        for path in shutdown.checked(sorted(folder.iterdir())):
+            if layout.is_temporary(path.name):
+                continue
+            name = path.relative_to(output_dir).as_posix()
+            text = read_text_chunks(path) if layout.parse_file_name(name) else None
+            made_by = (text or {}).get(RUN_CHUNK)
+            if made_by is None:
+                raise UsageError(
+                    f"{has_no_record} {name}, which no job is known to have made; use another folder, or move it away"
+                )
+            if run not in (None, made_by):
+                raise UsageError(
+                    f"{has_no_record} {name}, made with another model or other settings; use another folder, or start again "
+                    "with --overwrite"
+                )
+
+
+def own_images(config: JobConfig, user_ids: Collection[int], shutdown: Shutdown) -> list[Item]:
+    """Return the images that --overwrite removes: those with a row, and those whose text chunks say that a job made them.
+
+    A user's folder that is a link leads to another place: there, only images with a row are known to be a job's. Raises
+    UsageError where an image of unknown origin is in the way.
+    """
+    output_dir = config.output_dir
+    if not (output_dir / layout.RECORD_NAME).exists():
+        _refuse_unknown_origin(output_dir, shutdown)
+    rows = recorded_rows(output_dir)
+    own: list[Item] = []
+    foreign: list[Item] = []
+    for folder in user_folders(output_dir):
+        for image_index in shutdown.checked(folder.image_indices.tolist()):
+            item = (folder.user_id, image_index)
+            path = output_dir / layout.file_name(*item)
+            is_own = rows.of_image(*item) or (not path.parent.is_symlink() and _is_a_jobs(path))
+            (own if is_own else foreign).append(item)
+    refuse_foreign_images(config, user_ids, foreign, "--overwrite")
+    return own
+
+
+def _is_a_jobs(path: Path) -> bool:
+    """Return whether an image carries our text chunks, or is what a power cut leaves of one: an empty file."""
+    return RUN_CHUNK in (read_text_chunks(path) or {}) or path.stat().st_size == 0
+
+
+def refuse_foreign_images(config: JobConfig, user_ids: Collection[int], foreign: Collection[Item], flag: str) -> None:
     """Raise UsageError where an image of the job would take the place of one that no job is known to have made."""
     asked_for = set(user_ids)
-    for user_id, image_index in strangers:
+    for user_id, image_index in foreign:
         if user_id in asked_for and image_index < config.num_images_per_user:
-            path = config.output_dir / images.file_name(user_id, image_index)
+            path = config.output_dir / layout.file_name(user_id, image_index)
             raise UsageError(
                 f"{flag}: {path} was not made by this job or one before it, but an image of this one goes there; move it "
                 "away"
             )
 
 
-def _start_again(config: JobConfig, own: Collection[Item]) -> None:
-    """Remove what a job wrote, these images and its records, and nothing else."""
-    output_dir = config.output_dir
+def _remove(output_dir: Path, own: Collection[Item]) -> None:
+    """Remove what jobs wrote, these images and their records, and nothing else."""
     with errors_of("--output_dir"):
         for item in own:
-            (output_dir / images.file_name(*item)).unlink()
-        images.remove_temporaries(output_dir)
-        for folder in {(output_dir / images.file_name(*item)).parent for item in own}:
+            (output_dir / layout.file_name(*item)).unlink()
+        remove_temporaries(output_dir)
+        for folder in {(output_dir / layout.file_name(*item)).parent for item in own}:
             if not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
-        for path in [output_dir / manifest.MANIFEST_NAME, *manifest.part_paths(output_dir), output_dir / PREVIEW_NAME]:
+        for name in (layout.MANIFEST_NAME, layout.PREVIEW_NAME):
+            (output_dir / name).unlink(missing_ok=True)
+        for path in layout.part_paths(output_dir):
             path.unlink(missing_ok=True)
-        if own:
-            console.say_removed(config, len(own))
-        (output_dir / record.RECORD_NAME).unlink(missing_ok=True)  # last: until then the folder is known for a job's
+        # The record goes last: until then the folder is known to be a job's, should this be interrupted.
+        (output_dir / layout.RECORD_NAME).unlink(missing_ok=True)
 
 
-def _own_images(config: JobConfig, user_ids: Collection[int], interrupt: Interrupt) -> list[Item]:
-    """Find what a job wrote, by its records and by the images' own text chunks.
-
-    Where a user's folder is a link to another place, only what is recorded is known to have been put there.
-    """
-    output_dir = config.output_dir
-    own: list[Item] = []
-    strangers: list[Item] = []
-    with interrupt.abandonable():
-        if not (output_dir / record.RECORD_NAME).exists():
-            _refuse_foreign(output_dir)
-        rows = manifest.recorded_rows(output_dir)
-        for user in images.user_folders(output_dir):
-            for image_index in user.image_indices.tolist():
-                item = (user.user_id, image_index)
-                path = output_dir / images.file_name(*item)
-                is_own = rows.of_image(*item) or (not path.parent.is_symlink() and _explains_itself(path))
-                (own if is_own else strangers).append(item)
-    refuse_strangers(config, user_ids, strangers, "--overwrite")
-    return own
-
-
-def _explains_itself(path: Path) -> bool:
-    """Whether an image says that a job made it, or is what a power cut leaves of one: nothing."""
-    return images.RUN_CHUNK in (images.read_text_chunks(path) or {}) or path.stat().st_size == 0
-
-
-def new_record(
-    identity: dict[str, Any], numerics: dict[str, Any], old: RunRecord | None, *, has_images: bool
-) -> RunRecord:
-    """Make a run's record. It keeps the numerics of the first images; those of every run are in its history."""
-    first = old.numerics if old and has_images else numerics
-    for name, before, after in record.changed_numerics(first, numerics):
-        console.warn_of_numerics(name, before, after)
-    return RunRecord(identity=identity, numerics=first, history=old.history if old else [])
+def _forget_writers(output_dir: Path) -> None:
+    with suppress(ValueError, OSError):  # a writer may still be at it: the next job will wait for it
+        locks.wait_for_writers(output_dir, seconds=0)
 
 
 @contextmanager
 def history_entry(
-    config: JobConfig, run_record: RunRecord, numerics: dict[str, Any], plan: Plan, coordinator: Coordinator
-) -> Iterator[dict[str, Any]]:
+    output_dir: Path, run_record: RunRecord, entry: RunEntry, plan: Plan, coordinator: Coordinator
+) -> Iterator[None]:
     """Keep `run.json` true while a run goes on: it says `running`, then how the run ended.
 
-    When it ends early, the other processes get a moment to write what they have computed; an OSError goes on as Failed.
+    When the run ends early, the other processes get a moment to write what they have computed, as long as this process
+    itself may take. An OSError goes on as Failed.
     """
-    entry = _new_entry(numerics, plan, coordinator)
 
-    def publish(state: str) -> None:
-        entry["state"], entry["ended"] = state, None if state == "running" else record.now()
-        images.publish(config.output_dir / record.RECORD_NAME, run_record.to_bytes(), sync=True)
+    def note_early_end(error: BaseException, silent: Collection[str] = ()) -> None:
+        entry.published = entry.published or num_part_rows(output_dir)
+        if isinstance(error, Halted):
+            done = plan.num_items - plan.num_pending + entry.published
+            error.progress = f"{done} of {plan.num_items} images are in {output_dir}"
+        if isinstance(error, Stopped) and silent:  # maybe by a launcher, one of whose processes died
+            entry.cause = f"no sign of life from {', '.join(silent)}"
+            error.progress = f"{entry.cause}; {error.progress}"
+        with suppress(OSError):  # the disk may be the cause; `running` without a holder says enough
+            run_record.end(output_dir, error)
 
-    def note_early_end(error: BaseException) -> None:
+    def end_early(error: BaseException) -> None:
         silent: list[str] = []
         with suppress(Halted):  # the store may be gone
             coordinator.halt(error)
-            silent = coordinator.wait_until_left(LEAVE_SECONDS)
-        entry["published"] = entry["published"] or manifest.num_part_rows(config.output_dir)
-        if isinstance(error, Halted):
-            done = plan.num_items - plan.num_waiting + entry["published"]
-            error.progress = f"{done} of {plan.num_items} images are in {config.output_dir}"
-        cause = str(error) or type(error).__name__
-        if isinstance(error, Stopped):  # by a launcher, maybe, of which a process died
-            cause = f"no sign of life from {', '.join(silent)}" if silent else ""
-            error.progress = f"{cause}; {error.progress}" if silent else error.progress
-        entry["cause"] = cause or None
-        with suppress(OSError):  # the disk may be what it ends of; `running` without a holder says enough
-            publish(f"stopped by signal {error.signal_number}" if isinstance(error, Stopped) else "failed")
+            silent = coordinator.wait_until_left(min(LEAVE_SECONDS, coordinator.shutdown.seconds_left() - 1))
+        note_early_end(error, silent)
 
-    run_record.history.append(entry)
-    try:
-        publish("running")
-        yield entry
-        publish("ended")
-    except OSError as error:
-        failed = disk_failure(error)
-        note_early_end(failed)
-        raise failed from error
-    except BaseException as error:
-        note_early_end(error)
-        raise
+    with coordinator.shutdown.last_words(note_early_end):
+        try:
+            run_record.begin(output_dir, entry)
+            yield
+            run_record.end(output_dir)
+        except OSError as error:
+            failed = disk_failure(error)
+            end_early(failed)
+            raise failed from error
+        except BaseException as error:
+            end_early(error)
+            raise
 
 
-def _new_entry(numerics: dict[str, Any], plan: Plan, coordinator: Coordinator) -> dict[str, Any]:
-    return {
-        "started": record.now(),
-        "ended": None,
-        "state": "running",
-        "cause": None,
-        "num_processes": coordinator.num_processes,
-        "user_ids": format_ids(plan.user_ids),
-        "num_images_per_user": plan.num_images_per_user,
-        "numerics": numerics,
-        "published": 0,
-        "failed": [],
-    }
+def new_entry(numerics: dict[str, Any], plan: Plan, num_processes: int) -> RunEntry:
+    """Return the history's entry of a run that begins now."""
+    return RunEntry(
+        started=now(),
+        num_processes=num_processes,
+        user_ids=format_ids(plan.user_ids),
+        num_images_per_user=plan.num_images_per_user,
+        numerics=numerics,
+    )
 
 
 def disk_failure(error: OSError) -> Failed:
-    """Say what a file system refused, where, and what would help."""
-    remedy = {
-        errno.ENOSPC: "make room",
-        errno.EDQUOT: "make room, or have the quota raised",
-        errno.EROFS: "have it mounted for writing",
-        errno.EACCES: "have it made writable",
-        errno.EPERM: "have it made writable",
-        errno.EISDIR: "move it away",
-        errno.ENOTDIR: "move it away",
-    }.get(error.errno or 0, "see to the disk")
-    return Failed(f"--output_dir: {refusal(error)}, {remedy}")
+    """Return the end of a job whose folder's file system refused something: what, where, and what would help."""
+    return Failed(f"--output_dir: {refusal(error)}, {_REMEDIES.get(error.errno or 0, 'see to the disk')}")

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @contextmanager
 def unheard(stream: TextIO) -> Iterator[None]:
-    """Send where nobody listens what can no longer be said to anyone: the images are what matters."""
+    """Write to nowhere from now on, should nobody read the stream any longer: the images are what matters."""
     try:
         yield
         stream.flush()
@@ -25,7 +25,7 @@ def unheard(stream: TextIO) -> Iterator[None]:
 
 
 def make_bar(total: int, done: int = 0, **options: Any) -> tqdm:
-    """Make a bar of images, or none where nothing is left to do; the rate is always in images a second."""
+    """Return a bar of images, one that shows nothing where nothing is left to do. Its rate is always in images a second."""
     is_terminal = sys.stderr.isatty()
     counts = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
     return tqdm(
@@ -34,7 +34,7 @@ def make_bar(total: int, done: int = 0, **options: Any) -> tqdm:
         unit=" images",
         bar_format=("{l_bar}{bar}| " if is_terminal else "{l_bar} ") + counts,
         mininterval=_TERMINAL_SECONDS if is_terminal else _LOG_SECONDS,
-        miniters=0,  # an update that brings nothing new moves the clock
+        miniters=0,  # so that an update without news still moves the clock
         dynamic_ncols=is_terminal,
         file=sys.stderr if is_terminal else _Lines(sys.stderr),
         disable=total == done,
@@ -43,8 +43,8 @@ def make_bar(total: int, done: int = 0, **options: Any) -> tqdm:
 
 
 def show_reading(items: Iterable[T], total: int) -> Iterable[T]:
-    """Show a bar while images are read."""
-    delay = 0 if sys.stderr.isatty() else _LOG_SECONDS  # a log need not hear of what is over soon
+    """Pass on items, showing a bar of images that are read."""
+    delay = 0 if sys.stderr.isatty() else _LOG_SECONDS  # a log has no use for what is over soon
     with make_bar(total, desc="Checking images", leave=False, delay=delay) as bar:
         for item in items:
             yield item
@@ -52,7 +52,7 @@ def show_reading(items: Iterable[T], total: int) -> Iterable[T]:
 
 
 class _Lines:
-    """Where a bar returns to the start of its line, a log goes on to the next."""
+    """A stream for bars that go into a log: where a bar returns to the start of its line, the log starts the next one."""
 
     encoding = "utf-8"
 
@@ -66,4 +66,4 @@ class _Lines:
                 self._stream.write(f"{line}\n")
 
     def flush(self) -> None:
-        """Do nothing: a line is flushed as it is written, for whoever follows the log."""
+        """Do nothing: every line is flushed as it is written, for whoever follows the log."""

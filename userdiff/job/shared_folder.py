@@ -1,8 +1,6 @@
 """Whether all machines share the output folder: found out before anything is written, not assumed."""
 
 import os
-import re
-import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -11,45 +9,44 @@ from pathlib import Path
 from threading import Thread
 
 from userdiff.config import UsageError, errors_of
+from userdiff.dataset.layout import shared_mark_path, shared_mark_paths
 from userdiff.job.store import Coordinator
 from userdiff.shutdown import Halted
 
 LOOK_SECONDS = 0.2
 NUM_LOOKS = 450  # 90 s: network file systems keep what they know of a folder for up to a minute
-_MARK = re.compile(r"\.userdiff\.shared-[0-9a-f]{16}")
 
 
 @contextmanager
 def shown(output_dir: Path, coordinator: Coordinator) -> Iterator[None]:
-    """Hold a file in the folder that the other machines must see, once one process of each does (main process).
+    """Keep a file in the folder, and go on once a process of every other machine has seen it (main process).
 
-    Its name is a new one, of which nobody can remember that it is not there. It stays until the job ends, for processes
-    that come late. Only for the one who holds the folder's lock: files that killed jobs left go with it.
+    Its name is new, so that no machine remembers it as missing. It stays until the job ends, for processes that come
+    late. Call it only while holding the folder's lock: files that killed jobs left are removed with it.
     """
     try:
         if coordinator.num_machines > 1:
-            mark = output_dir / f".userdiff.shared-{secrets.token_hex(8)}"
+            mark = shared_mark_path(output_dir)
             with errors_of("--output_dir"):
                 mark.touch()
             coordinator.show(str(mark.absolute()))
         yield
     finally:
-        for path in output_dir.glob(".userdiff.shared-*"):
-            if _MARK.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        for path in shared_mark_paths(output_dir):
+            path.unlink(missing_ok=True)
 
 
 def look(output_dir: Path, coordinator: Coordinator) -> None:
     """Return once this process sees the file that the main process shows; on its machine, at once. Writes nothing.
 
-    Raises UsageError where it does not appear, and ends the job on every machine with that one line.
+    Raises UsageError where the file does not appear, and ends the job on every machine with that one line.
     """
-    if coordinator.machine == 0:
+    if coordinator.machine_index == 0:
         return
     mark = Path(coordinator.wait_for_shown())
     for _ in range(NUM_LOOKS):
         if os.path.exists(output_dir / mark.name):  # noqa: PTH110 - Path.exists raises where it may not look
-            coordinator.say_seen()
+            coordinator.note_seen()
             return
         coordinator.check()
         time.sleep(LOOK_SECONDS)
@@ -62,10 +59,10 @@ def look(output_dir: Path, coordinator: Coordinator) -> None:
 
 
 def look_meanwhile(output_dir: Path, coordinator: Coordinator) -> None:
-    """Look in a thread too, while this process loads its models: a slow machine holds up no other."""
+    """Look in a thread too, while this process loads its models, so that a slow machine holds up no other."""
 
     def look_quietly() -> None:
-        with suppress(Halted, UsageError):  # all have been told
+        with suppress(Halted, UsageError):  # every process has been told
             look(output_dir, coordinator)
 
     Thread(target=look_quietly, name="look", daemon=True).start()

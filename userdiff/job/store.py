@@ -1,11 +1,11 @@
-"""What processes tell each other, through a c10d store and nothing else: no collective can time out on a long job.
+"""What the processes of a job tell each other, through a c10d store and nothing else: no collective can time out.
 
 The store carries the frozen plan, the counter from which each process takes its next batch, progress, failed images,
-a sign of life from everyone, and the one reason to halt.
+a sign of life from every process, and the one reason to end early.
 """
 
 import json
-import os
+import math
 import signal
 import socket
 import threading
@@ -17,25 +17,27 @@ from typing import Any, TypeVar
 
 from torch.distributed import DistError, Store
 
-from userdiff.job import launcher
-from userdiff.job import store_client as contact
-from userdiff.shutdown import Failed, Halted, Interrupt, Stopped
+from userdiff.config import UsageError
+from userdiff.job import launcher, store_client
+from userdiff.job.store_client import SignsOfLife, StoreClient
+from userdiff.seeds import Item
+from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
 
 POLL_SECONDS = 0.05
+MAIN_SECONDS = 10.0  # that others leave the main process to speak of what is wrong with the arguments or models
 
 T = TypeVar("T")
 
 
-def connect(interrupt: Interrupt | None = None, patience: int | None = None) -> "Coordinator":
+def connect(shutdown: Shutdown) -> "Coordinator":
     """Join the job as the process that the launcher says this is, or as the only one."""
     return Coordinator(
         launcher.open_store,
-        launcher.rank(),
-        launcher.world_size(),
-        launcher.machine(),
+        launcher.process_index(),
+        launcher.num_processes(),
+        launcher.machine_index(),
         launcher.num_machines(),
-        interrupt=interrupt,
-        patience=patience,
+        shutdown=shutdown,
     )
 
 
@@ -47,29 +49,27 @@ class Coordinator:
         open_store: Callable[[], Store],
         process_index: int,
         num_processes: int,
-        machine: int = 0,
+        machine_index: int = 0,
         num_machines: int = 1,
         *,
-        interrupt: Interrupt | None = None,
-        patience: int | None = None,
+        shutdown: Shutdown | None = None,
     ) -> None:
         self.process_index = process_index
         self.num_processes = num_processes
-        self.machine = machine
+        self.machine_index = machine_index
         self.num_machines = num_machines
-        self.name = f"process {process_index} on {socket.gethostname()}"  # as messages say it
-        self.interrupt = interrupt or Interrupt()
+        self.name = f"process {process_index} on {socket.gethostname()}"  # as messages have it
+        self.shutdown = shutdown or Shutdown()
         self._unreported = [0, 0]  # images and bytes published, of which the store has not heard
         self._count_lock = threading.Lock()
-        self._parent = os.getppid()
-        self._watch = contact.Watch()
+        self._signs = SignsOfLife()
         self._watched = range(1, num_processes) if process_index == 0 else range(1)
-        self._line = contact.Line(open_store, self._pulse, patience or contact.LOST_AFTER_PULSES)
+        self._client = StoreClient(open_store, self._pulse)
         self._ask(lambda store: store.set(f"host/{process_index}", socket.gethostname()))
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process plans, merges and speaks."""
+        """True for the process that plans, merges and prints."""
         return self.process_index == 0
 
     def __enter__(self) -> "Coordinator":  # noqa: PYI034 - typing.Self is newer than Python 3.10
@@ -77,39 +77,50 @@ class Coordinator:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         with suppress(Halted):  # the store may be gone
+            if isinstance(error, UsageError) and not self.is_main_process:
+                self._wait_for_main()
             if error is not None:
                 self.halt(error)
             self._ask(self._report_published)
             self._ask(lambda store: store.set(f"left/{self.process_index}", ""))
-        self._line.close()
+        self._client.close()
 
-    # Ending
+    # Ending early
 
     def check(self) -> None:
         """Raise Stopped or Failed if the job is to end early, and let the others know. Cheap: ask often."""
         try:
-            self.interrupt.check()
+            self.shutdown.check()
         except Halted as reason:
             self.halt(reason)
             raise
 
     def halt(self, error: BaseException, cause: str | None = None) -> None:
-        """Tell every process to end, of this cause or of an error here; the first reason given is the one that counts."""
+        """Make every process end, for this cause or for an error here; the first reason is the one that counts."""
+        if isinstance(error, Halted):
+            self.shutdown.set(error)
         reason = {
             "signal_number": error.signal_number if isinstance(error, Stopped) else None,
             "cause": cause or f"{self.name}: {error or type(error).__name__}",
             "exit_status": getattr(error, "exit_status", 1),
         }
-        self._ask(lambda store: store.compare_set("halt", "", json.dumps(reason)))
+        first = self._ask(lambda store: store.compare_set("halt", "", json.dumps(reason)))
+        self.shutdown.set(_halted(json.loads(first)))
+
+    def _wait_for_main(self) -> None:
+        """Leave the main process some time to find the same error, print it once for all, and end the job."""
+        deadline = time.monotonic() + MAIN_SECONDS
+        while time.monotonic() < deadline and self.shutdown.reason is None:
+            time.sleep(POLL_SECONDS)
 
     def wait_until_left(self, seconds: float) -> list[str]:
-        """Wait until the other processes have left or died, but not longer than this; gives who has died."""
+        """Wait until the other processes have left or died, but not longer than this; returns the names of the dead."""
         others = {index for index in range(self.num_processes) if index != self.process_index}
         died: list[str] = []
         deadline = time.monotonic() + seconds
         while others and time.monotonic() < deadline:
             others -= {other for other in others if self._ask(partial(_has_left, other))}
-            gone = [other for other in sorted(others) if self._watch.has_died(other, contact.GONE_AFTER_PULSES)]
+            gone = [other for other in sorted(others) if self._signs.has_died(other, store_client.GONE_AFTER_PULSES)]
             died += [self._ask(partial(_name, other)) for other in gone]
             others -= set(gone)
             time.sleep(POLL_SECONDS)
@@ -128,30 +139,30 @@ class Coordinator:
         self._wait_until(lambda store: bool(store.check(["shown"])))
         return self._ask(lambda store: store.get("shown")).decode()
 
-    def say_seen(self) -> None:
-        """Say that a process of this machine has seen it."""
-        self._ask(lambda store: store.set(f"seen/{self.machine}", ""))
+    def note_seen(self) -> None:
+        """Note that a process of this machine has seen it."""
+        self._ask(lambda store: store.set(f"seen/{self.machine_index}", ""))
 
     def main_host(self) -> str:
-        """Give the host name of the main process."""
+        """Return the host name of the main process."""
         return self._ask(lambda store: _host(store, 0))
 
     # The plan and its batches
 
     def publish_plan(self, run: str, numerics: Mapping[str, Any], plan: bytes) -> None:
-        """Hand the frozen plan to every process, with the identity hash and the numerics it is for (main process)."""
+        """Publish the frozen plan, with the identity hash and the numerics it is for (main process)."""
         message = json.dumps([run, numerics]).encode() + b"\n" + plan
         self._ask(lambda store: store.set("plan", message))  # type: ignore[arg-type] # bytes go too
 
     def receive_plan(self) -> tuple[str, dict[str, Any], bytes]:
-        """Wait for the identity hash, the main process's numerics, and the frozen plan."""
+        """Wait for what the main process publishes: (identity hash, its numerics, the frozen plan)."""
         self._wait_until(lambda store: bool(store.check(["plan"])))
         header, _, plan = self._ask(lambda store: bytes(store.get("plan"))).partition(b"\n")
         run, numerics = json.loads(header)
         return run, numerics, plan
 
     def next_batch(self) -> int:
-        """Claim the next batch: 0, 1, 2, ... each given to one process alone."""
+        """Claim the next batch: 0, 1, 2, ..., each given to one process alone."""
 
         def claim(store: Store) -> int:
             self._report_published(store)
@@ -160,12 +171,12 @@ class Coordinator:
         return self._ask(claim)
 
     def finish(self) -> None:
-        """Say that this process has nothing left to compute or write."""
+        """Note that this process has nothing left to compute or write."""
         self._ask(self._report_published)
         self._add("finished", 1)
 
     def wait_for_all(self, on_poll: Callable[[], None]) -> None:
-        """Wait until every process has finished, asking `on_poll` in between."""
+        """Wait until every process has finished, calling `on_poll` in between."""
 
         def all_finished(store: Store) -> bool:
             return int(store.add("finished", 0)) >= self.num_processes
@@ -189,49 +200,40 @@ class Coordinator:
             store.add("published", num_images)
 
     def published(self) -> tuple[int, int]:
-        """Give the number of images that all processes have published in this run, and of their bytes."""
+        """Return how many images all processes have published in this run, and their bytes."""
         self._ask(self._report_published)
         return self._add("published", 0), self._add("published_bytes", 0)
 
-    def report_failed(self, user_id: int, image_index: int) -> None:
-        """Note an image that could not be made."""
-        key = self._add("num_failed", 1) - 1
-        self._ask(lambda store: store.set(f"failed/{key}", json.dumps([user_id, image_index])))
+    def report(self, kind: str, item: Item, limit: float = math.inf) -> None:
+        """Count an image of a kind, and note which one, if no more than `limit` have been.
 
-    def num_failed(self) -> int:
-        """Give the number of images that any process could not make, so far."""
-        return self._add("num_failed", 0)
+        kind: `failed`, an image that could not be made, or `flat`, one of a single colour.
+        """
+        number = self._add(f"num_{kind}", 1) - 1
+        if number < limit:
+            self._ask(lambda store: store.set(f"{kind}/{number}", json.dumps(item)))
 
-    def failed(self) -> list[tuple[int, int]]:
-        """Collect the images that any process could not make, sorted. Complete once `wait_for_all` has returned."""
-        keys = [f"failed/{key}" for key in range(self.num_failed())]
+    def num_reported(self, kind: str) -> int:
+        """Return how many images of a kind all processes have reported so far."""
+        return self._add(f"num_{kind}", 0)
+
+    def reported(self, kind: str, limit: float = math.inf) -> list[Item]:
+        """Return the images of a kind that were noted, sorted. All are there once `wait_for_all` has returned."""
+        keys = [f"{kind}/{number}" for number in range(int(min(self.num_reported(kind), limit)))]
         items = [json.loads(self._ask(lambda store, key=key: store.get(key))) for key in keys]  # type: ignore[misc]
         return sorted((user_id, image_index) for user_id, image_index in items)
 
     def is_first(self, what: str) -> bool:
-        """Whether no process has asked this of the same before."""
+        """Return whether no process has asked this of the same thing before."""
         return self._add(f"asked/{what}", 1) == 1
-
-    def say_once(self, say: Callable[[], None]) -> None:
-        """Have the main process say something before any process leaves; one of the others says it if the main is gone.
-
-        It is gone if it gives no sign of life while it has not spoken; before its first one it may be loading torch.
-        """
-        while not self.is_main_process and not self._watch.has_died(0, contact.GONE_AFTER_PULSES):
-            if self._ask(lambda store: store.check(["said"])):
-                return
-            time.sleep(POLL_SECONDS)
-        if self.is_main_process or self.is_first("speak"):
-            say()
-            self._ask(lambda store: store.set("said", ""))
 
     # The store
 
     def _ask(self, operation: Callable[[Store], T]) -> T:
         try:
-            return self._line.ask(operation)
+            return self._client.ask(operation)
         except DistError as error:
-            raise self._contact_lost(error) from error
+            raise self._store_lost(error) from error
 
     def _add(self, key: str, number: int) -> int:
         return self._ask(lambda store: int(store.add(key, number)))
@@ -242,11 +244,11 @@ class Coordinator:
             on_poll()
             time.sleep(POLL_SECONDS)
 
-    def _contact_lost(self, error: DistError) -> Halted:
-        """Tell why the store is gone: it lives and dies with the launcher, ours or that of the first machine."""
+    def _store_lost(self, error: DistError) -> Halted:
+        """Return why the store is gone: it lives and dies with the launcher, ours or that of the first machine."""
         deadline = time.monotonic() + 1  # its connections close a moment before its children become orphans
         while time.monotonic() < deadline:
-            if launcher.is_gone(self._parent):
+            if self.shutdown.is_orphan():
                 return Stopped(signal.SIGTERM, is_alone=True)
             time.sleep(POLL_SECONDS)
         return Failed(
@@ -254,29 +256,27 @@ class Coordinator:
         )
 
     def _pulse(self, store: Store) -> None:
-        """Give a sign of life, look for one from the others and, until there is a reason to end, look out for one."""
+        """Give a sign of life, look for one from the others and, until there is a reason to end, look for one."""
         try:
             store.add(f"beat/{self.process_index}", 1)
             self._report_published(store)
             for other in self._watched:
-                self._watch.look_for(store, other)
-            if self.interrupt.reason is None:
-                self._look_out(store)
+                self._signs.look_for(store, other)
+            if self.shutdown.reason is None:
+                self._look_for_reason(store)
         except DistError as error:
-            if self.interrupt.reason is None:
-                self.interrupt.set(self._contact_lost(error))
+            if self.shutdown.reason is None:
+                self.shutdown.set(self._store_lost(error))
 
-    def _look_out(self, store: Store) -> None:
-        if launcher.is_gone(self._parent):
-            self.interrupt.set(Stopped(signal.SIGTERM, is_alone=True))
+    def _look_for_reason(self, store: Store) -> None:
         for other in self._watched:
-            if self._watch.has_died(other, contact.LOST_AFTER_PULSES) and not _has_left(other, store):
-                seconds = contact.LOST_AFTER_PULSES * contact.PULSE_SECONDS
+            if self._signs.has_died(other, store_client.LOST_AFTER_PULSES) and not _has_left(other, store):
+                seconds = store_client.LOST_AFTER_PULSES * store_client.PULSE_SECONDS
                 cause = f"{_name(other, store)} has given no sign of life for {seconds:.0f} s"
                 reason = {"signal_number": None, "cause": cause, "exit_status": 1}
                 store.compare_set("halt", "", json.dumps(reason))
         if store.check(["halt"]):
-            self.interrupt.set(_halted(json.loads(store.get("halt"))))
+            self.shutdown.set(_halted(json.loads(store.get("halt"))))
 
 
 def _has_left(process_index: int, store: Store) -> bool:

@@ -1,4 +1,4 @@
-"""One process's contact with the store and, through it, with the others: whether it answers, and whether they live."""
+"""A process's end of the store: one thread that talks to it, within a bound, and the others' signs of life."""
 
 import queue
 import threading
@@ -12,63 +12,62 @@ from typing import Any, TypeVar
 from torch.distributed import DistError, Store
 
 PULSE_SECONDS = 1.0
-LOST_AFTER_PULSES = 60  # of our own: a process that was itself suspended has not waited
-GONE_AFTER_PULSES = 3  # of a process that has little else left to do but to leave
+LOST_AFTER_PULSES = 60  # our own pulses: a process that was itself suspended has not waited
+GONE_AFTER_PULSES = 3  # for a process that has little else left to do but to leave
 CLOSE_SECONDS = 2.0
 
 T = TypeVar("T")
 
 
-class Watch:
-    """For how long other processes have given no sign of life, in times that they were looked for."""
+class SignsOfLife:
+    """For how long other processes have given no sign of life, counted in the times that they were looked for."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[int, int]] = {}  # process -> its count, how often in a row it was the same
+        self._seen: dict[int, tuple[int, int]] = {}  # process -> (its count, how often in a row it was the same)
 
     def look_for(self, store: Store, other: int) -> None:
-        """Look once for a sign of life."""
+        """Look once for a sign of life of another process."""
         beat = int(store.add(f"beat/{other}", 0))
         before, silent = self._seen.get(other, (beat, 0))
         self._seen[other] = beat, silent + 1 if beat == before else 0
 
     def has_died(self, other: int, looks: int) -> bool:
-        """Whether so many looks found nothing new; of a process that never gave a sign, LOST_AFTER_PULSES."""
+        """Return whether that many looks found nothing new; LOST_AFTER_PULSES for one that never gave a sign."""
         beat, silent = self._seen.get(other, (0, 0))
         return silent >= (looks if beat else LOST_AFTER_PULSES)
 
 
-class Line:
+class StoreClient:
     """The one thread that talks to the store, so that nobody else waits for an answer without bound.
 
-    A TCPStore whose machine vanished never answers, nor even opens (tried), and whoever waits in it sees no signal.
+    A TCPStore whose machine vanished neither answers nor opens (tried), and whoever waits in it sees no signal.
     """
 
-    def __init__(self, open_store: Callable[[], Store], pulse: Callable[[Store], None], patience: int) -> None:
+    def __init__(self, open_store: Callable[[], Store], pulse: Callable[[Store], None]) -> None:
         self._open_store = open_store
         self._pulse = pulse
-        self._patience = patience
         self._broken: DistError | None = None
         self._requests: queue.SimpleQueue[tuple[Future[Any], Callable[[Store], Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="store", daemon=True)
         self._thread.start()
 
     def ask(self, operation: Callable[[Store], T]) -> T:
-        """Do something with the store; raises DistError where it is gone or does not answer."""
+        """Return `operation(store)`; raises DistError where the store is gone or does not answer."""
         answer: Future[T] = Future()
         self._requests.put((answer, operation))
-        for _ in range(self._patience):
-            if self._broken:  # once for all: nobody waits again for what has not answered
+        for _ in range(LOST_AFTER_PULSES):
+            if self._broken:  # nobody waits again for a store that has not answered once
                 raise self._broken
             with suppress(NotYet):
                 return answer.result(timeout=PULSE_SECONDS)
-        self._broken = DistError(f"no answer for {self._patience * PULSE_SECONDS:.0f} s")
+        self._broken = DistError(f"no answer for {LOST_AFTER_PULSES * PULSE_SECONDS:.0f} s")
         raise self._broken
 
     def close(self) -> None:
-        """Let the thread end; asking is an error from here on.
+        """End the thread; asking raises DistError from here on.
 
-        It is waited for, since one in the midst of torch's store aborts the process when the interpreter ends; but not
-        for long, since a store that is gone may never answer.
+        The thread is waited for, since one in the midst of torch's store aborts the process when the interpreter ends;
+        but not for long, since a store that is gone may never answer.
         """
         self._broken = self._broken or DistError("closed")
         self._requests.put(None)

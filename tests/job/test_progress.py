@@ -8,7 +8,7 @@ import pytest
 
 from tests.checkpoints import model_flags
 from tests.jobs import run_job
-from userdiff.diffusion import generate as computing
+from userdiff.diffusion import generate
 from userdiff.job import console, progress
 
 
@@ -67,12 +67,12 @@ def test_reading_gives_what_is_read(monkeypatch):
 def test_a_jobs_bar_counts_failures(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console, "_REFRESH_SECONDS", 0.0)
     monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
-    images = computing.Batch.images
+    images = generate.Batch.images
 
     def without_the_first_user(batch):
         return ((item, None if item[0] == 1 else pixels) for item, pixels in images(batch))
 
-    monkeypatch.setattr(computing.Batch, "images", without_the_first_user)
+    monkeypatch.setattr(generate.Batch, "images", without_the_first_user)
     flags = [*model_flags(checkpoint), "--num_inference_steps", 2, "--num_images_per_user", 3, "--batch_size", 2]
     assert run_job(*flags, "--output_dir", tmp_path / "out", "--device", "cpu") == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "images/s" in line]

@@ -1,4 +1,3 @@
-import hashlib
 import random
 
 import numpy as np
@@ -6,28 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from userdiff.job import plan as planning
-from userdiff.job.plan import PADDING, Plan, seats
-from userdiff.seeds import item_seed
+from tests.definitions import slot_of
+from userdiff.job import plan
+from userdiff.job.plan import PADDING, Plan
 
 USER_IDS = st.integers(1, 40) | st.integers(1, 2**63 - 1)
 
 
-def seed_by_definition(base, user_id, image_index):
-    digest = hashlib.blake2b(f"{base}:{user_id}".encode(), digest_size=4).digest()
-    return (int.from_bytes(digest, "big") + image_index) % 2**32
-
-
-def seat_by_definition(user_id, image_index, batch_size):
-    start = ((user_id * 2654435769) % 2**32) * batch_size // 2**32
-    return (start + image_index) % batch_size
-
-
 def batches_by_definition(items, batch_size):
-    """Batch k takes the k-th waiting item of every seat, seats filled in (user, index) order; None is padding."""
+    """Batch k takes the k-th pending item of every slot, each slot in (user, index) order; None is padding."""
     queues = [[] for _ in range(batch_size)]
     for user_id, image_index in sorted(items):
-        queues[seat_by_definition(user_id, image_index, batch_size)].append((user_id, image_index))
+        queues[slot_of(user_id, image_index, batch_size)].append((user_id, image_index))
     return [[q[k] if k < len(q) else None for q in queues] for k in range(max(map(len, queues)))]
 
 
@@ -35,76 +24,11 @@ def make_plan(user_ids, num_images, batch_size, done=()):
     of_user = {}
     for user_id, image_index in done:
         of_user.setdefault(user_id, []).append(image_index)
-    return planning.make_plan(user_ids, num_images, batch_size, of_user)
+    return plan.make_plan(user_ids, num_images, batch_size, of_user)
 
 
 def batches_of(plan):
     return [[None if number == PADDING else plan.item(number) for number in batch] for batch in plan.batches]
-
-
-# Seeds
-
-
-@pytest.mark.parametrize(
-    ("item", "seed"),
-    [
-        ((42, 1, 0), 3062239372),
-        ((42, 1, 1), 3062239373),
-        ((42, 5, 0), 311273124),
-        ((42, 31, 4), 2555016077),
-        ((0, 1, 0), 1088167207),
-    ],
-)
-def test_seeds_match_the_vectors(item, seed):
-    assert item_seed(*item) == seed
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(0, 2**63 - 1), USER_IDS, st.integers(0, 2**32 - 1))
-def test_seeds_follow_the_definition(base, user_id, image_index):
-    assert item_seed(base, user_id, image_index) == seed_by_definition(base, user_id, image_index)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**63 - 1), USER_IDS, st.integers(0, 2**32 - 1000))
-def test_seeds_are_one_to_one_within_a_user(base, user_id, first):
-    window = {item_seed(base, user_id, image_index) for image_index in range(first, first + 1000)}
-    assert len(window) == 1000
-    assert 0 <= min(window) <= max(window) < 2**32
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**63 - 1), USER_IDS)
-def test_seeds_stay_one_to_one_where_they_wrap_around(base, user_id):
-    wrap = 2**32 - item_seed(base, user_id, 0)  # the image_index whose seed is 0
-    window = [item_seed(base, user_id, image_index % 2**32) for image_index in range(wrap - 3, wrap + 3)]
-    assert window == [2**32 - 3, 2**32 - 2, 2**32 - 1, 0, 1, 2]
-
-
-# Seats
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(USER_IDS, st.integers(0, 2**32 - 1)), min_size=1, max_size=20), st.integers(1, 64))
-def test_seats_follow_the_definition(items, batch_size):
-    user_ids, image_indices = np.array(items, dtype=np.int64).T
-    found = seats(user_ids, image_indices, batch_size)
-    assert found.tolist() == [seat_by_definition(*item, batch_size) for item in items]
-
-
-def test_seats_follow_the_definition_in_the_largest_batches():
-    items = [(2**63 - 1, 2**32 - 1), (2**63 - 1, 0), (1, 2**32 - 1), (12345, 678)]
-    user_ids, image_indices = np.array(items, dtype=np.int64).T
-    assert seats(user_ids, image_indices, 65536).tolist() == [seat_by_definition(*item, 65536) for item in items]
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 16, 64])
-def test_consecutive_images_take_consecutive_rows(batch_size):
-    found = seats(np.full(100, 7), np.arange(100), batch_size)
-    assert set(np.diff(found) % batch_size) == {1 % batch_size}
-
-
-# Plans
 
 
 def test_a_plan_numbers_images_user_by_user():
@@ -115,13 +39,13 @@ def test_a_plan_numbers_images_user_by_user():
 
 def test_a_plan_counts_what_was_asked_for_and_what_is_left():
     plan = make_plan([1, 2, 4], 5, batch_size=4, done=[(1, 0), (4, 4), (4, 3)])
-    assert (plan.num_items, plan.num_waiting) == (15, 12)
+    assert (plan.num_items, plan.num_pending) == (15, 12)
 
 
-@pytest.mark.parametrize("stranger", [(3, 0), (99, 0), (1, 5), (4, 1000)])
-def test_done_images_that_nobody_asked_for_change_nothing(stranger):
-    plan = make_plan([1, 2, 4], 5, batch_size=4, done=[stranger])
-    assert plan.num_waiting == 15
+@pytest.mark.parametrize("unasked", [(3, 0), (99, 0), (1, 5), (4, 1000)])
+def test_done_images_that_nobody_asked_for_change_nothing(unasked):
+    plan = make_plan([1, 2, 4], 5, batch_size=4, done=[unasked])
+    assert plan.num_pending == 15
     assert batches_of(plan) == batches_of(make_plan([1, 2, 4], 5, batch_size=4))
 
 
@@ -139,21 +63,21 @@ def plans(draw):
 @given(plans())
 def test_batches_follow_the_definition(asked):
     user_ids, num_images, batch_size, done = asked
-    waiting = {(user_id, index) for user_id in user_ids for index in range(num_images)} - done
+    pending = {(user_id, index) for user_id in user_ids for index in range(num_images)} - done
     plan = make_plan(user_ids, num_images, batch_size, done)
-    assert batches_of(plan) == batches_by_definition(waiting, batch_size)
-    assert plan.num_waiting == len(waiting)
+    assert batches_of(plan) == batches_by_definition(pending, batch_size)
+    assert plan.num_pending == len(pending)
 
 
 @settings(max_examples=100, deadline=None)
 @given(plans())
-def test_each_waiting_image_is_once_in_the_batches_in_its_own_row_in_order(asked):
+def test_each_pending_image_is_once_in_the_batches_in_its_own_row_in_order(asked):
     user_ids, num_images, batch_size, done = asked
     plan = make_plan(user_ids, num_images, batch_size, done)
     assert plan.batches.shape[1] == batch_size
     rows = [[plan.item(number) for number in column if number != PADDING] for column in plan.batches.T]
     assert all(row == sorted(row) for row in rows)
-    assert all(seat_by_definition(*item, batch_size) == row for row, items in enumerate(rows) for item in items)
+    assert all(slot_of(*item, batch_size) == row for row, items in enumerate(rows) for item in items)
     made = [item for row in rows for item in row]
     assert sorted(made) == [(u, i) for u in sorted(user_ids) for i in range(num_images) if (u, i) not in done]
     assert len(plan.batches) == max(map(len, rows))  # the longest queue, and no batch of padding alone
@@ -188,7 +112,7 @@ def test_ragged_and_tiny_plans_have_no_batch_too_many(user_ids, num_images, batc
 
 def test_a_plan_with_everything_done_is_empty():
     plan = make_plan([1, 2], 2, batch_size=4, done=[(1, 0), (1, 1), (2, 0), (2, 1)])
-    assert plan.num_waiting == 0
+    assert plan.num_pending == 0
     assert plan.batches.shape == (0, 4)
 
 
@@ -240,8 +164,8 @@ def test_a_plan_arrives_as_it_was_sent(asked):
     assert arrived.user_ids == sent.user_ids
     assert arrived.num_images_per_user == sent.num_images_per_user
     assert arrived.batch_size == sent.batch_size
-    assert arrived.waiting.dtype == np.bool_
-    assert arrived.waiting.tolist() == sent.waiting.tolist()
+    assert arrived.pending.dtype == np.bool_
+    assert arrived.pending.tolist() == sent.pending.tolist()
     assert np.array_equal(arrived.batches, sent.batches)
 
 

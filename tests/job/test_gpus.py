@@ -197,12 +197,16 @@ def test_later_ones_are_not(monkeypatch, version):
 def test_numerics_note_what_chooses_the_kernels(job, card, monkeypatch):
     asked = parse_args(job)
     model = load_model(asked)
-    on_cpu = runner._numerics(asked, model, {})
+
+    def numerics(model):
+        return runner.numerics_of(asked, model, *asked.batch_size_and_level({}, model.device.type))
+
+    on_cpu = numerics(model)
     assert on_cpu["threads_per_process"] == torch.get_num_threads()
     assert not {"cuda", "cudnn", "triton", "zlib"} & set(on_cpu)
     card()
     monkeypatch.setattr(runner, "version", lambda package: f"{package} 3.6.0")
-    on_gpu = runner._numerics(asked, replace(model, device=GPU), {})
+    on_gpu = numerics(replace(model, device=GPU))
     assert on_gpu == {
         **{name: value for name, value in on_cpu.items() if name != "threads_per_process"},
         "batch_size": 64,
@@ -210,7 +214,7 @@ def test_numerics_note_what_chooses_the_kernels(job, card, monkeypatch):
         "cuda": "13.0",
         "cudnn": 91900,
     }
-    assert runner._numerics(asked, replace(model, device=GPU, compiled="inductor"), {})["triton"] == "triton 3.6.0"
+    assert numerics(replace(model, device=GPU, compiled="inductor"))["triton"] == "triton 3.6.0"
 
 
 def test_a_folder_begun_by_an_earlier_version_does_not_warn_of_what_it_could_not_note(job, tmp_path, capsys):

@@ -13,34 +13,33 @@ from tests.checkpoints import model_flags
 from tests.jobs import run_job, tree
 from userdiff.config import UsageError, parse_args
 from userdiff.diffusion.model import load_model
-from userdiff.job import shared_folder as sharing
-from userdiff.job import store_client as contact
+from userdiff.job import shared_folder, store_client
 from userdiff.job.run import run_process
 from userdiff.job.store import Coordinator
-from userdiff.shutdown import Failed, Interrupt
-from userdiff.tools import audit
+from userdiff.shutdown import Failed, Shutdown
+from userdiff.tools.verify import verify
 
 LEFT_BY_A_KILL = ".userdiff.shared-0123456789abcdef"
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(contact, "PULSE_SECONDS", 0.05)
-    monkeypatch.setattr(sharing, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(sharing, "NUM_LOOKS", 200)
+    monkeypatch.setattr(store_client, "PULSE_SECONDS", 0.05)
+    monkeypatch.setattr(shared_folder, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(shared_folder, "NUM_LOOKS", 200)
 
 
 @pytest.fixture
 def processes():
     """Make the processes of one job, each on the machine of that number."""
     made: list[Coordinator] = []
-    patience = threading.Timer(30, lambda: [coordinator.interrupt.set(Failed("no end")) for coordinator in made])
+    patience = threading.Timer(30, lambda: [coordinator.shutdown.set(Failed("no end")) for coordinator in made])
     patience.start()
 
     def make(*machines):
         store = HashStore()
         place = {"num_processes": len(machines), "num_machines": max(machines) + 1}
-        made.extend(Coordinator(lambda: store, i, machine=machine, **place) for i, machine in enumerate(machines))
+        made.extend(Coordinator(lambda: store, i, machine_index=machine, **place) for i, machine in enumerate(machines))
         return made[-len(machines) :]
 
     yield make
@@ -61,7 +60,7 @@ def names(folder):
 
 
 def run_main(folder, main, events):
-    with sharing.shown(folder, main):
+    with shared_folder.shown(folder, main):
         events.append(names(folder))
 
 
@@ -77,7 +76,7 @@ def test_machines_that_see_the_folder_go_on_and_nothing_is_left_there(processes,
     during = []
     job = threads.submit(run_main, tmp_path, main, during)
     for other in others:
-        threads.submit(sharing.look, tmp_path, other).result(60)
+        threads.submit(shared_folder.look, tmp_path, other).result(60)
     job.result(60)
     ((mark,),) = during
     assert mark.startswith(".userdiff.shared-")
@@ -89,7 +88,7 @@ def test_every_job_shows_a_new_name(processes, threads, tmp_path):
     for _ in range(2):
         main, other = processes(0, 1)
         job = threads.submit(run_main, tmp_path, main, during)
-        sharing.look(tmp_path, other)
+        shared_folder.look(tmp_path, other)
         job.result(60)
     assert len({mark for (mark,) in during}) == 2
 
@@ -100,9 +99,9 @@ def test_a_folder_that_appears_late_is_waited_for(processes, threads, tmp_path):
     main, other = processes(0, 1)
     events = []
     job = threads.submit(run_main, here, main, events)
-    look = threads.submit(sharing.look, there, other)
+    look = threads.submit(shared_folder.look, there, other)
     wait_for(lambda: names(here))
-    time.sleep(5 * sharing.LOOK_SECONDS)
+    time.sleep(5 * shared_folder.LOOK_SECONDS)
     assert not look.done()
     assert not events
     there.symlink_to(here)
@@ -116,17 +115,17 @@ def test_one_process_of_each_machine_is_waited_for_and_the_others_may_come_late(
     is_over = threading.Event()
 
     def run():
-        with sharing.shown(tmp_path, main):
+        with shared_folder.shown(tmp_path, main):
             begun.set()
             assert is_over.wait(60)
 
     begun = threading.Event()
     job = threads.submit(run)
-    sharing.look(tmp_path, one)
+    shared_folder.look(tmp_path, one)
     assert not begun.wait(0.3)
-    sharing.look(tmp_path, two)
+    shared_folder.look(tmp_path, two)
     assert begun.wait(10)
-    sharing.look(tmp_path, late)
+    shared_folder.look(tmp_path, late)
     is_over.set()
     job.result(60)
 
@@ -136,12 +135,12 @@ def test_one_machine_shows_and_looks_for_nothing(processes, tmp_path):
     during = []
     run_main(tmp_path, main, during)
     assert during == [[]]
-    sharing.look(tmp_path / "elsewhere", other)
+    shared_folder.look(tmp_path / "elsewhere", other)
 
 
 def test_a_process_that_loads_its_models_has_looked_meanwhile(processes, tmp_path):
     main, loading = processes(0, 1)
-    sharing.look_meanwhile(tmp_path, loading)
+    shared_folder.look_meanwhile(tmp_path, loading)
     during = []
     run_main(tmp_path, main, during)
     assert during
@@ -157,18 +156,18 @@ def job(checkpoint):
     model = load_model(parse_args(flags), torch.device("cpu"), "no")
 
     def run(*folders, more=()):
-        store, number, interrupts = HashStore(), len(folders), [Interrupt() for _ in folders]
+        store, number, shutdowns = HashStore(), len(folders), [Shutdown() for _ in folders]
 
         def play(machine):
             config = parse_args([*flags, "--output_dir", str(folders[machine]), *more])
-            place = {"interrupt": interrupts[machine], "machine": machine, "num_machines": number}
+            place = {"shutdown": shutdowns[machine], "machine_index": machine, "num_machines": number}
             try:
                 with Coordinator(lambda: store, machine, number, **place) as coordinator:
                     return run_process(config, model, coordinator)
             except (UsageError, Failed) as error:
                 return error
 
-        patience = threading.Timer(60, lambda: [interrupt.set(Failed("no end")) for interrupt in interrupts])
+        patience = threading.Timer(60, lambda: [shutdown.set(Failed("no end")) for shutdown in shutdowns])
         patience.start()
         with ThreadPoolExecutor(number) as pool:
             outcomes = list(pool.map(play, range(number)))
@@ -190,7 +189,7 @@ def test_machines_that_share_a_folder_make_the_bytes_of_one(job, tmp_path):
 def test_a_machine_that_does_not_see_the_folder_is_named_and_nothing_is_written(
     job, blind, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(sharing, "NUM_LOOKS", 5)
+    monkeypatch.setattr(shared_folder, "NUM_LOOKS", 5)
     folders = [tmp_path / "new" / "out"] * 3
     folders[blind] = tmp_path / "elsewhere"
     outcomes = job(*folders)
@@ -206,7 +205,7 @@ def test_a_machine_that_does_not_see_the_folder_is_named_and_nothing_is_written(
 
 
 def test_a_machine_that_does_not_see_the_folder_starts_nothing_again(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(sharing, "NUM_LOOKS", 5)
+    monkeypatch.setattr(shared_folder, "NUM_LOOKS", 5)
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     assert run_job(*job.flags, "--output_dir", out) == 0
     elsewhere.mkdir()
@@ -227,6 +226,6 @@ def test_what_a_killed_job_showed_is_no_damage_and_goes_with_the_next_one(job, m
     assert job(out) == [0]
     for name in (LEFT_BY_A_KILL, ".userdiff.shared-notes"):
         (out / name).touch()
-    assert audit.verify(out, deep=True) == []
+    assert verify(out, deep=True) == []
     assert job(out, more=more) == [0]
     assert [name for name in names(out) if name.startswith(".")] == [".userdiff.shared-notes"]

@@ -18,7 +18,12 @@ def launched(monkeypatch):
 def test_one_process_alone_needs_no_launcher(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert (launcher.rank(), launcher.world_size(), launcher.machine(), launcher.num_machines()) == (0, 1, 0, 1)
+    assert (launcher.process_index(), launcher.num_processes(), launcher.machine_index(), launcher.num_machines()) == (
+        0,
+        1,
+        0,
+        1,
+    )
     launcher.open_store().set("plan", "1")
     assert not launcher.open_store().check(["plan"])
 

@@ -20,8 +20,10 @@ from tests import jobs
 from tests.checkpoints import model_flags
 from tests.jobs import play_processes, run_job, tree
 from tests.oracle import assert_parity, oracle_image, oracle_seed
+from userdiff.dataset.manifest import PartWriter
 from userdiff.dataset.rows import COLUMNS
 from userdiff.diffusion.model import JobModel
+from userdiff.job import worker
 from userdiff.job.run import run_process
 from userdiff.shutdown import Failed
 
@@ -361,16 +363,15 @@ def test_an_image_that_is_not_finite_is_not_saved_and_tried_again(flags, rows, t
 
 
 def test_an_image_that_vanishes_while_the_job_runs_is_not_called_done(flags, tmp_path, capsys, monkeypatch):
-    from userdiff.dataset import manifest
 
-    append = manifest.PartWriter.append
+    append = PartWriter.append
 
     def append_and_lose(self, row):
         append(self, row)
         if (row.user_id, row.image_index) == (2, 1):
             (tmp_path / row.file_name).unlink()
 
-    monkeypatch.setattr(manifest.PartWriter, "append", append_and_lose)
+    monkeypatch.setattr(PartWriter, "append", append_and_lose)
     assert run_job(*flags, "--num_images_per_user", 2, "--user_ids", 1, 2, "--output_dir", tmp_path) == 1
     out = capsys.readouterr().out
     assert "Done: 3 of 4 images" in out
@@ -389,9 +390,7 @@ def test_bf16_is_the_same_at_any_number_of_processes(flags, tmp_path, monkeypatc
 
 
 def test_a_disk_that_fails_is_one_line_and_loses_nothing(flags, reference, tmp_path, capsys, monkeypatch):
-    from userdiff.dataset import images
-
-    publish, published = images.publish, []
+    publish, published = worker.publish, []
 
     def publish_until_full(path, data, **options):
         if path.suffix == ".png":
@@ -401,7 +400,7 @@ def test_a_disk_that_fails_is_one_line_and_loses_nothing(flags, reference, tmp_p
         publish(path, data, **options)
 
     job = [*flags, "--num_images_per_user", 11, "--batch_size", 4, "--output_dir", tmp_path]
-    monkeypatch.setattr(images, "publish", publish_until_full)
+    monkeypatch.setattr(worker, "publish", publish_until_full)
     assert run_job(*job) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     done = list(tmp_path.glob("user_*/*.png"))
@@ -416,20 +415,8 @@ def test_a_disk_that_fails_is_one_line_and_loses_nothing(flags, reference, tmp_p
     assert tree(tmp_path) == reference
 
 
-@pytest.mark.parametrize(("rank", "said"), [("0", "batch_generate.py: stopped by SIGINT\n"), ("1", "")])
-def test_an_interrupt_while_torch_is_loading_is_one_line(flags, tmp_path, capsys, monkeypatch, rank, said):
-    def interrupted(config):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("userdiff.job.run.run", interrupted)
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", "2")  # and no store to be found, which torch would be needed for
-    assert run_job(*flags, "--output_dir", tmp_path / "out") == 130
-    assert capsys.readouterr().err == said
-
-
 def test_another_process_that_found_bad_input_is_quoted_without_a_promise(flags, tmp_path, capsys, monkeypatch):
-    def failed(config):
+    def failed(config, shutdown):
         raise Failed("process 3 on node7: --vae_path: nowhere is not a folder", exit_status=2)
 
     monkeypatch.setattr("userdiff.job.run.run", failed)

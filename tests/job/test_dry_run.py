@@ -7,8 +7,8 @@ import subprocess
 import pytest
 
 from tests.checkpoints import model_flags
+from tests.job.test_output_folder import picture
 from tests.jobs import play_processes, run_job, tree
-from tests.test_folder import picture
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import time
 import pytest
 from torch.distributed import DistError, HashStore
 
-from userdiff.job import store_client as contact
+from userdiff.config import UsageError
+from userdiff.job import store, store_client
 from userdiff.job.store import Coordinator
-from userdiff.shutdown import Failed, Halted, Interrupt, Stopped
+from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
 
 
 @pytest.fixture
@@ -17,9 +18,9 @@ def processes():
     """Make any number of processes of one job, closed at the end."""
     made: list[Coordinator] = []
 
-    def make(number, store=None):
-        store = store or HashStore()
-        new = [Coordinator(lambda: store, process_index, number) for process_index in range(number)]
+    def make(number, shared=None):
+        shared = shared or HashStore()
+        new = [Coordinator(lambda: shared, process_index, number) for process_index in range(number)]
         made.extend(new)
         return new
 
@@ -30,7 +31,7 @@ def processes():
 
 @pytest.fixture
 def quick_pulse(monkeypatch):
-    monkeypatch.setattr(contact, "PULSE_SECONDS", 0.05)
+    monkeypatch.setattr(store_client, "PULSE_SECONDS", 0.05)
 
 
 def heard(coordinator, seconds=10):
@@ -75,16 +76,18 @@ def test_progress_and_failures_add_up(processes):
     other.count_published(2, num_bytes=30)
     other.next_batch()
     assert main.published() == other.published() == (4, 750)
-    main.report_failed(2, 5)
-    other.report_failed(1, 9)
-    assert main.failed() == [(1, 9), (2, 5)]
+    main.report("failed", (2, 5))
+    other.report("failed", (1, 9))
+    other.report("flat", (1, 1))
+    assert main.reported("failed") == other.reported("failed") == [(1, 9), (2, 5)]
+    assert main.reported("flat") == [(1, 1)]
 
 
 def test_counting_asks_nothing_of_the_store_and_loses_nothing(processes, quick_pulse):
     """It was two questions an image, for which the writers waited; now a process reports what it has made in between."""
     main, other = processes(2)
-    line, asked = other._line.ask, []
-    other._line.ask = lambda operation: asked.append(operation) or line(operation)
+    ask, asked = other._client.ask, []
+    other._client.ask = lambda operation: asked.append(operation) or ask(operation)
     threads = [threading.Thread(target=lambda: [other.count_published(1, 7) for _ in range(500)]) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -137,10 +140,10 @@ def test_a_process_that_leaves_by_an_exception_halts_the_others(processes, quick
 
 
 def test_a_signal_to_one_stops_all(processes, quick_pulse):
-    told, main = Interrupt(), None
-    store = HashStore()
-    with Coordinator(lambda: store, 1, 2, interrupt=told) as worker:
-        (main, _) = processes(2, store)
+    told, main = Shutdown(), None
+    shared = HashStore()
+    with Coordinator(lambda: shared, 1, 2, shutdown=told) as worker:
+        (main, _) = processes(2, shared)
         main.check()
         told.set(Stopped(signal.SIGTERM))
         with pytest.raises(Stopped):
@@ -181,7 +184,7 @@ def test_the_main_process_waits_for_the_others_to_leave_but_not_for_ever(process
 def test_the_main_process_does_not_wait_for_the_dead(processes, quick_pulse):
     main, dead = processes(2)
     time.sleep(0.2)
-    dead._line.close()  # as SIGKILL would have it: without a word
+    dead._client.close()  # as SIGKILL would have it: without a word
     assert main.wait_until_left(600) == [f"process 1 on {socket.gethostname()}"]
 
 
@@ -189,9 +192,9 @@ def test_the_main_process_does_not_wait_for_the_dead(processes, quick_pulse):
 
 
 def test_a_process_without_a_sign_of_life_is_named(processes, quick_pulse, monkeypatch):
-    monkeypatch.setattr(contact, "LOST_AFTER_PULSES", 10)
+    monkeypatch.setattr(store_client, "LOST_AFTER_PULSES", 10)
     main, worker, dead = processes(3)
-    dead._line.close()  # as SIGKILL would have it: without a word
+    dead._client.close()  # as SIGKILL would have it: without a word
     for coordinator in (main, worker):
         reason = heard(coordinator)
         assert isinstance(reason, Failed)
@@ -200,15 +203,15 @@ def test_a_process_without_a_sign_of_life_is_named(processes, quick_pulse, monke
 
 
 def test_workers_miss_a_main_process_that_died(processes, quick_pulse, monkeypatch):
-    monkeypatch.setattr(contact, "LOST_AFTER_PULSES", 10)
+    monkeypatch.setattr(store_client, "LOST_AFTER_PULSES", 10)
     main, worker = processes(2)
-    main._line.close()
+    main._client.close()
     with pytest.raises(Failed, match=r"process 0 on .* no sign of life"):
         worker.receive_plan()
 
 
 def test_a_process_that_has_left_in_order_is_not_missed(processes, quick_pulse, monkeypatch):
-    monkeypatch.setattr(contact, "LOST_AFTER_PULSES", 5)
+    monkeypatch.setattr(store_client, "LOST_AFTER_PULSES", 5)
     main, worker = processes(2)
     worker.finish()
     worker.__exit__(None, None, None)
@@ -236,28 +239,30 @@ def test_leaving_waits_for_the_thread_that_talks_to_the_store(processes):
     (coordinator,) = processes(1)
     threading.Thread(target=coordinator._ask, args=(lambda store: time.sleep(0.5),), daemon=True).start()
     time.sleep(0.1)
-    coordinator._line.close()
-    assert not coordinator._line._thread.is_alive()
+    coordinator._client.close()
+    assert not coordinator._client._thread.is_alive()
 
 
-def test_a_store_that_never_answers_is_given_up(quick_pulse):
-    store = SilentStore()
-    coordinator = Coordinator(lambda: store, 1, 2, patience=5)
+def test_a_store_that_never_answers_is_given_up(quick_pulse, monkeypatch):
+    monkeypatch.setattr(store_client, "LOST_AFTER_PULSES", 5)
+    silent = SilentStore()
+    coordinator = Coordinator(lambda: silent, 1, 2)
     coordinator.next_batch()
-    store.is_silent = True
+    silent.is_silent = True
     with pytest.raises(Failed, match="lost contact with the launcher"):
         coordinator.next_batch()
     begun = time.monotonic()
     with pytest.raises(Failed):  # once for all: nobody waits again
         coordinator.published()
     assert time.monotonic() - begun < 5
-    store.is_silent = False
+    silent.is_silent = False
 
 
-def test_a_store_that_never_opens_is_given_up(quick_pulse):
+def test_a_store_that_never_opens_is_given_up(quick_pulse, monkeypatch):
+    monkeypatch.setattr(store_client, "LOST_AFTER_PULSES", 5)
     opened = threading.Event()
     with pytest.raises(Failed, match="lost contact"):
-        Coordinator(lambda: opened.wait() and HashStore(), 1, 2, patience=5)
+        Coordinator(lambda: opened.wait() and HashStore(), 1, 2)
     opened.set()
 
 
@@ -271,41 +276,18 @@ def test_a_store_that_went_with_this_processs_own_launcher_is_a_stop(monkeypatch
         Coordinator(gone, 1, 2)
 
 
-def test_an_orphan_of_a_launcher_counts_as_told_to_terminate(processes, monkeypatch, quick_pulse):
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    (main,) = processes(1)
-    main.check()
-    monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert heard(main).exit_status == 143
-
-
-# Who speaks
-
-
-def test_the_main_process_speaks_for_all(processes):
+def test_bad_input_is_left_to_the_main_process_to_find_and_then_told(processes, quick_pulse, monkeypatch):
+    """All processes find the same fault: the one line is the main's own. Only a fault of another alone is quoted."""
     main, other = processes(2)
-    said = []
-    threading.Timer(0.2, main.say_once, args=(lambda: said.append("main"),)).start()
-    other.say_once(lambda: said.append("other"))
-    assert said == ["main"]
-
-
-def test_one_other_process_speaks_when_the_main_is_gone(processes, quick_pulse):
-    main, one, two = processes(3)
-    main._line.close()  # as SIGKILL would have it: without a word
-    said = []
-    threads = [threading.Thread(target=other.say_once, args=(lambda: said.append("other"),)) for other in (one, two)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert said == ["other"]
-
-
-def test_nobody_speaks_before_a_main_process_that_lives(processes, quick_pulse):
+    threading.Timer(0.3, main.halt, args=(UsageError("--unet_path: is damaged"),)).start()
+    with pytest.raises(UsageError), other:
+        raise UsageError("--unet_path: is damaged")
+    assert str(heard(main)).startswith("process 0 on ")
+    monkeypatch.setattr(store, "MAIN_SECONDS", 0.2)
     main, other = processes(2)
-    main.interrupt.set(Stopped(signal.SIGTERM))  # on its way out, with images still to write
-    said = []
-    threading.Timer(1.5, main.say_once, args=(lambda: said.append("main"),)).start()
-    other.say_once(lambda: said.append("other"))
-    assert said == ["main"]
+    with pytest.raises(UsageError), other:
+        raise UsageError("--unet_path: is not there")
+    reason = heard(main)
+    assert str(reason).startswith("process 1 on ")
+    assert str(reason).endswith(": --unet_path: is not there")
+    assert reason.exit_status == 2

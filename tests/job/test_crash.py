@@ -15,12 +15,14 @@ from torch.distributed import HashStore
 from tests.checkpoints import model_flags
 from tests.jobs import tree
 from userdiff.config import UsageError, parse_args
-from userdiff.dataset import manifest
-from userdiff.dataset import rows as table
+from userdiff.dataset.recipe import Recipe
+from userdiff.dataset.rows import read_lines
 from userdiff.dataset.run_record import RunRecord
+from userdiff.dataset.scan import find_finished
 from userdiff.diffusion.model import load_model
 from userdiff.job.run import run_process
 from userdiff.job.store import Coordinator
+from userdiff.tools.merge import merge
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 
@@ -129,17 +131,15 @@ def test_killed_again_and_again_one_change_further_each_time(job, undisturbed, d
 
 
 def test_a_merge_killed_at_any_change_is_made_up_for(job, undisturbed, death, tmp_path):
-    from userdiff.tools import audit
-
     begun = tmp_path / "begun"
     with death(begun, 20):
         job(begun)
     gc.collect()
     assert list(begun.glob("manifest.part-*"))
-    for _ in kill_at_every_change(death, tmp_path, lambda: audit.merge(begun)):
+    for _ in kill_at_every_change(death, tmp_path, lambda: merge(begun)):
         pass
     assert not list(begun.glob("manifest.part-*"))
-    assert 0 < len(list(table.read_rows(begun / "manifest.csv"))) == len(whole_images(begun)) < 6
+    assert 0 < len(list(read_lines(begun / "manifest.csv"))) == len(whole_images(begun)) < 6
     assert job(begun) == 0
     assert_same(begun, undisturbed)
 
@@ -190,8 +190,8 @@ def apply(damage, path):
 
 def finished(folder):
     record = RunRecord.read(folder)
-    recipe = manifest.Recipe.of(record.identity, record.run)
-    return list(manifest.finished_rows(folder, recipe, record.manifest_sha256))
+    recipe = Recipe.of(record.identity, record.run)
+    return list(find_finished(folder, recipe, record.manifest_sha256).rows)
 
 
 @st.composite
@@ -211,7 +211,7 @@ def test_whatever_happens_to_the_folder_no_bad_image_counts_and_no_good_one_is_l
     folder = tmp_path / "out"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(undisturbed, folder)
-    truth = {row.file_name: row for row in table.read_rows(undisturbed / "manifest.csv")}
+    truth = {row.file_name: row for row in read_lines(undisturbed / "manifest.csv")}
     content = (undisturbed / "manifest.csv").read_bytes()
     is_believed = data.draw(st.booleans(), label="manifest untouched")
     if not is_believed:

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -18,9 +17,9 @@ from PIL import Image
 
 from tests.checkpoints import model_flags
 from tests.jobs import finish, play_processes, run_job, start, tree
-from userdiff.dataset import images
-from userdiff.dataset import run_record as record
-from userdiff.diffusion import generate as computing
+from userdiff.dataset import locks
+from userdiff.diffusion import generate
+from userdiff.job import output_folder, worker
 from userdiff.job.output_folder import disk_failure
 from userdiff.shutdown import Stopped
 
@@ -100,7 +99,7 @@ def test_files_of_ones_own_and_a_lost_or_edited_manifest_are_spoken_of(job, out,
 
 
 def test_numerics_before_the_first_image_count_for_nothing(job, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(computing, "start", stop_at_once)
+    monkeypatch.setattr(generate, "start", stop_at_once)
     assert run_job(*job, "--allow_tf32") == 143
     monkeypatch.undo()
     assert run_job(*job) == 0
@@ -162,7 +161,7 @@ def test_a_damaged_record_is_refused_and_overwritten_on_demand(job, out, referen
     assert tree(out) == tree(reference)
 
 
-def test_a_strangers_image_is_not_replaced_by_a_plain_run_either(job, out, capsys):
+def test_a_foreign_image_is_not_replaced_by_a_plain_run_either(job, out, capsys):
     content = picture(out / "user_02" / "generated_003.png")
     assert run_job(*job, "--num_images_per_user", 4) == 2
     error = capsys.readouterr().err
@@ -282,13 +281,13 @@ def test_locks_are_taken_as_nfs_wants_them(job, reference, tmp_path, monkeypatch
 
     monkeypatch.setattr(fcntl, "flock", flock_of_nfs)
     assert play_processes(2, *job) == [0, 0]
-    assert record.lock_holder(tmp_path / "out") is None
+    assert locks.lock_holder(tmp_path / "out") is None
     assert tree(tmp_path / "out") == tree(reference)
 
 
 def test_a_worker_that_outlived_its_job_keeps_the_next_one_out(job, out, reference, capsys, monkeypatch):
-    monkeypatch.setattr(record, "WRITERS_SECONDS", 0.2)
-    with record.writing(out):
+    monkeypatch.setattr(locks, "WRITERS_SECONDS", 0.2)
+    with locks.writing(out):
         assert run_job(*job, "--seed", 7, "--overwrite") == 2
         assert "a process of an earlier job still has" in capsys.readouterr().err
     assert tree(out) == tree(reference)
@@ -308,19 +307,24 @@ def test_a_row_that_no_run_of_this_recipe_wrote_names_no_lost_image(job, out, re
 @pytest.mark.parametrize("what", ["a writer", "the images of a folder without a record"])
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
 def test_a_signal_ends_the_wait_before_a_job(job, out, reference, capsys, monkeypatch, what, overwrite):
-    def slow(_):
+    read, is_locked = output_folder.read_text_chunks, locks._is_locked
+
+    def read_slowly(path):
         signal.raise_signal(signal.SIGINT)
-        time.sleep(5)
-        return {}
+        return read(path)
+
+    def wait(file, kind):
+        if file.name.endswith(".writers"):
+            signal.raise_signal(signal.SIGINT)
+        return is_locked(file, kind)
 
     with ExitStack() as held:
         if what == "a writer":
-            monkeypatch.setattr(record, "WRITERS_SECONDS", 5.0)
-            held.enter_context(record.writing(out))
-            monkeypatch.setattr(record, "_is_free", lambda _: slow(_) is None)
+            held.enter_context(locks.writing(out))
+            monkeypatch.setattr(locks, "_is_locked", wait)
         else:
             (out / "run.json").rename(out.parent / "kept.json")
-            monkeypatch.setattr(images, "read_text_chunks", slow)
+            monkeypatch.setattr(output_folder, "read_text_chunks", read_slowly)
         assert run_job(*job, *overwrite) == 130
     assert "stopped by SIGINT" in capsys.readouterr().err
     if what != "a writer":
@@ -342,14 +346,14 @@ def test_nobody_listening_does_not_end_a_job(job, out, pipe):
 
 
 def test_an_interrupt_before_anything_was_removed_removes_nothing(job, out, reference, monkeypatch):
-    read = images.read_text_chunks
+    read = output_folder.read_text_chunks
 
     def read_and_interrupt(path):
         os.kill(os.getpid(), signal.SIGINT)
         return read(path)
 
     (out / "manifest.csv").unlink()
-    monkeypatch.setattr(images, "read_text_chunks", read_and_interrupt)
+    monkeypatch.setattr(output_folder, "read_text_chunks", read_and_interrupt)
     assert run_job(*job, "--overwrite") == 130
     assert len(list(out.glob("user_*/*.png"))) == 15
 
@@ -366,7 +370,7 @@ def test_overwrite_leaves_a_linked_folder_and_what_only_has_the_name_of_an_image
 
 def test_overwrite_removes_what_a_job_wrote_and_nothing_else(job, flags, out, tmp_path):
     assert run_job(*job, "--num_images_per_user", 5) == 0  # more than what will be asked for
-    strangers = {
+    foreign = {
         name: picture(out / name)
         for name in ("user_01/mine.png", "user_04/generated_999.png", "user_77/generated_000.png", "album/one.png")
     }
@@ -382,12 +386,12 @@ def test_overwrite_removes_what_a_job_wrote_and_nothing_else(job, flags, out, tm
     assert run_job(*job, "--user_ids", 1, 2, "--seed", 7, "--overwrite") == 0
     assert not unrecorded.exists()
     assert not torn.exists()
-    for name, content in strangers.items():
+    for name, content in foreign.items():
         assert (out / name).read_bytes() == content
         (out / name).unlink()
     assert (out / "labels.csv").read_text() == "mine"
     for folder in ("user_77", "user_04", "album"):
-        (out / folder).rmdir()  # empty but for the strangers
+        (out / folder).rmdir()  # empty but for the foreign
     (out / "labels.csv").unlink()
     assert {path.name for path in out.iterdir()} == {"user_01", "user_02", "manifest.csv", "run.json", "preview.html"}
     assert run_job(*job[:-1], tmp_path / "new", "--user_ids", 1, 2, "--seed", 7) == 0
@@ -395,7 +399,7 @@ def test_overwrite_removes_what_a_job_wrote_and_nothing_else(job, flags, out, tm
     assert len(json.loads((out / "run.json").read_text())["history"]) == 1
 
 
-def test_overwrite_does_not_take_the_place_of_a_strangers_image(job, out, reference, capsys):
+def test_overwrite_does_not_take_the_place_of_a_foreign_image(job, out, reference, capsys):
     content = picture(out / "user_02" / "generated_003.png")
     assert run_job(*job, "--overwrite", "--num_images_per_user", 4) == 2
     assert "--overwrite: " in (error := capsys.readouterr().err)
@@ -420,97 +424,58 @@ def test_a_group_that_the_launcher_restarts_does_not_start_again(job, out, monke
 
 
 def test_images_of_one_colour_are_counted_and_named(job, tmp_path, capsys, monkeypatch):
-    encode = images.encode_png
+    images = generate.Batch.images
+    flat = {(1, 2), (2, 0)}
 
-    def encode_flat(pixels, text, *level):
-        if (text.get("user_id"), text.get("image_index")) in {("1", "2"), ("2", "0")}:
-            pixels = pixels * 0 + 37
-        return encode(pixels, text, *level)
+    def images_with_flat_ones(batch):
+        return ((item, pixels * 0 + 37 if item in flat else pixels) for item, pixels in images(batch))
 
-    monkeypatch.setattr(images, "encode_png", encode_flat)
-    assert run_job(*job) == 0
-    monkeypatch.undo()
-    warning = (
-        "Warning: 2 images are one single colour, which a model seldom means: user_01/generated_002.png, "
-        "user_02/generated_000.png\n"
-    )
-    assert warning in capsys.readouterr().out
-    assert run_job(*job) == 0  # they are there, whoever made them
-    assert warning in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("at", [slice(None), slice(11, 12), slice(24, 25)], ids=["all", "a length", "the bit depth"])
-def test_a_small_image_that_cannot_be_read_is_made_again_by_the_run_after(job, out, reference, capsys, monkeypatch, at):
-    """Of the right size, so that only the look for images of one colour opens it."""
-    monkeypatch.setattr("userdiff.tools.audit.FLAT_TOLERANCE", 100)
-    path = out / "user_01" / "generated_001.png"
-    content = bytearray(path.read_bytes())
-    content[at] = bytes(len(content[at]))
-    path.write_bytes(content)
-    assert run_job(*job) == 1
-    assert "Failed: 1 image is gone or changed since written" in capsys.readouterr().out
-    assert run_job(*job) == 0
-    assert tree(out) == tree(reference)
-
-
-def test_a_stop_while_the_end_is_looked_at_counts_every_image(job, tmp_path, capsys, monkeypatch):
-    def flat_images(output_dir, rows):
-        os.kill(os.getpid(), signal.SIGTERM)
-        while True:
-            pass
-
-    monkeypatch.setattr("userdiff.tools.audit.flat_images", flat_images)
-    assert run_job(*job) == 143
-    assert "stopped by SIGTERM; 15 of 15 images are in " in capsys.readouterr().err
+    monkeypatch.setattr(generate.Batch, "images", images_with_flat_ones)
+    assert play_processes(2, *job) == [0, 0]
+    said = capsys.readouterr().out
+    assert "Warning: 2 images are one single colour" in said
+    assert "user_01/generated_002.png, user_02/generated_000.png" in said
+    monkeypatch.setattr(worker, "FLAT_NAMED", 1)  # of very many, some are named
+    monkeypatch.setattr("userdiff.job.run.FLAT_NAMED", 1)
+    assert run_job(*job, "--overwrite") == 0
+    assert "Warning: 2 images are one single colour, which a model seldom means: user_0" in capsys.readouterr().out
 
 
 # Disks
 
 
-def disk(free_bytes, free_files=10**6):
-    block = 4096
-    blocks = free_bytes // block
-    return lambda _: os.statvfs_result(
-        (block, block, blocks, blocks, blocks, free_files, free_files, free_files, 0, 255)
-    )
+def disk(free):
+    return lambda _: shutil._ntuple_diskusage(10**12, 10**12 - free, free)
 
 
 def test_what_a_job_will_take_is_said_before_it_starts(job, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(os, "statvfs", disk(10**9))
+    monkeypatch.setattr(shutil, "disk_usage", disk(10**9))
     assert run_job(*job) == 0
     said = capsys.readouterr()
-    assert "Disk: at most 61.4kB to write, 1.00GB free" in said.out  # 15 files of one block each
+    assert "Disk: at most 11.5kB to write, 1.00GB free" in said.out  # 15 images of 16 x 16 x 3 bytes
     assert "a full disk" not in said.err
     assert run_job(*job, "--num_images_per_user", 4) == 0
-    assert "Disk: about 20.5kB to write, 1.00GB free" in capsys.readouterr().out
+    assert re.search(r"Disk: about \d\.\d\dkB to write, 1\.00GB free", capsys.readouterr().out)
     assert run_job(*job, "--num_images_per_user", 4) == 0
     assert "Disk" not in capsys.readouterr().out  # nothing to write
 
 
-@pytest.mark.parametrize(
-    ("free", "has"),
-    [((8192, 10**6), "{out} has 8.19kB free"), ((10**9, 3), "its file system has room for 3 more files")],
-    ids=["bytes", "files"],
-)
-def test_a_disk_that_is_too_small_is_said_up_front(job, tmp_path, capsys, monkeypatch, free, has):
-    monkeypatch.setattr(os, "statvfs", disk(*free))
+def test_a_disk_that_is_too_small_is_said_up_front(job, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", disk(8192))
     assert run_job(*job) == 0
-    warning = (
-        f"Warning: 15 images take at most 61.4kB, and {has.format(out=tmp_path / 'out')}; a full disk stops the job"
-    )
-    assert warning in capsys.readouterr().err
+    assert f"Warning: 15 images take at most 11.5kB, and {tmp_path / 'out'} has 8.19kB free" in capsys.readouterr().err
 
 
 def test_the_first_images_tell_what_the_rest_will_take(flags, tmp_path, capsys, monkeypatch):
-    """The worst case fits; then each image turns out larger than that, and the disk fills up meanwhile."""
-    monkeypatch.setattr(os, "statvfs", disk(10**9))
-    encode = images.encode_png
+    """The worst case fits; then the disk fills up meanwhile."""
+    monkeypatch.setattr(shutil, "disk_usage", disk(10**9))
+    encode = worker.encode_png
 
     def encode_and_fill(pixels, text, *level):
-        monkeypatch.setattr(os, "statvfs", disk(20_000))
+        monkeypatch.setattr(shutil, "disk_usage", disk(20_000))
         return encode(pixels, text, *level)
 
-    monkeypatch.setattr(images, "encode_png", encode_and_fill)
+    monkeypatch.setattr(worker, "encode_png", encode_and_fill)
     assert run_job(*flags, "--num_images_per_user", 200, "--user_ids", 1, 2, "--output_dir", tmp_path) == 0
     assert capsys.readouterr().err.count("images take about") == 1
 

@@ -17,7 +17,7 @@ import pytest
 from tests.checkpoints import model_flags
 from tests.jobs import ROOT, finish, launch, run_job, start, tree
 from tests.processes import descendants, process_table, read_stat, send
-from userdiff.dataset.run_record import RunRecord
+from userdiff.dataset.run_record import RunEntry, RunRecord
 
 SCRIPT = ROOT / "accelerate_configs" / "slurm.sh"
 
@@ -137,23 +137,22 @@ def played(toy):
 
 
 def history(*states: str, published: int = 8) -> bytes:
-    """Give the run.json after runs that ended so, the last of them with so many images."""
+    """Return the run.json after runs that ended so, the last of them with so many images."""
     record = RunRecord(identity={"seed": 42}, numerics={"batch_size": 4})
     for hour, state in enumerate(states):
-        record.history.append(
-            {
-                "started": f"2026-01-01T{hour:02}:00:00+00:00",
-                "ended": None if state == "running" else f"2026-01-01T{hour:02}:50:00+00:00",
-                "state": state,
-                "cause": 'process 1 on node2: "state": "stopped by signal 15"' if state == "failed" else None,
-                "num_processes": 2,
-                "user_ids": "1-5",
-                "num_images_per_user": 7,
-                "numerics": record.numerics,
-                "published": published if hour == len(states) - 1 else 4,
-                "failed": [[1, 2]] if state == "ended" else [],
-            }
+        entry = RunEntry(
+            started=f"2026-01-01T{hour:02}:00:00+00:00",
+            ended=None if state == "running" else f"2026-01-01T{hour:02}:50:00+00:00",
+            state=state,
+            cause='process 1 on node2: "state": "stopped by signal 15"' if state == "failed" else None,
+            num_processes=2,
+            user_ids="1-5",
+            num_images_per_user=7,
+            numerics=record.numerics,
+            published=published if hour == len(states) - 1 else 4,
+            failed=[(1, 2)] if state == "ended" else [],
         )
+        record.history.append(entry)
     return record.to_bytes()
 
 

@@ -14,14 +14,14 @@ from tests.processes import our_tracebacks
 UNLIKE = """
 import os, sys, time
 from pathlib import Path
-from userdiff.diffusion import generate as computing
+from userdiff.diffusion import generate
 from userdiff.dataset import manifest
 from userdiff.job import run as runner
-from userdiff.cli import generate
+from userdiff import cli
 
 FIRST, SLOW, LATE = "012"
 here, out = os.environ["GROUP_RANK"], Path(sys.argv[-1])
-append, load_model, start_batch = manifest.PartWriter.append, runner.load_model, computing.start
+append, load_model, start_batch = manifest.PartWriter.append, runner.load_model, generate.start
 
 def wait_for(condition, what):
     for _ in range(600):
@@ -50,8 +50,8 @@ def append_and_tell(self, row):
     with open(f"{out}.{here}.made", "a") as file:
         print(row.file_name, file=file)
 
-manifest.PartWriter.append, runner.load_model, computing.start = append_and_tell, load_late, start_in_turn
-sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))
+manifest.PartWriter.append, runner.load_model, generate.start = append_and_tell, load_late, start_in_turn
+sys.exit(cli.generate(sys.argv[1:], prog="batch_generate.py"))
 """
 
 IMPATIENT = """

@@ -1,0 +1,226 @@
+"""The bounded pool of writers."""
+
+import signal
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+
+import pytest
+
+from userdiff.job import worker
+from userdiff.job.worker import WriterPool
+from userdiff.shutdown import Stopped
+
+PATIENCE = 10  # seconds until a test gives up on another thread; none waits that long when all is well
+
+
+def test_leaving_the_pool_waits_for_every_task():
+    gate, done = threading.Event(), []
+
+    def task(number):
+        assert gate.wait(PATIENCE)
+        done.append(number)
+
+    with WriterPool(num_threads=8, max_pending=200) as pool:
+        for number in range(200):
+            pool.submit(lambda number=number: task(number))
+        assert done == []
+        gate.set()
+    assert sorted(done) == list(range(200))
+
+
+@pytest.mark.parametrize(("num_threads", "max_pending"), [(1, 1), (4, 2), (2, 4), (8, 8)])
+def test_many_submitters_get_every_task_done_once(num_threads, max_pending):
+    done = []
+
+    def submit_all(first):
+        for number in range(first, first + 50):
+            pool.submit(lambda number=number: done.append(number))
+
+    with WriterPool(num_threads, max_pending) as pool:
+        submitters = [threading.Thread(target=submit_all, args=(first,)) for first in range(0, 200, 50)]
+        for submitter in submitters:
+            submitter.start()
+        for submitter in submitters:
+            submitter.join(PATIENCE)
+    assert sorted(done) == list(range(200))
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_tasks_run_on_as_many_threads_as_were_asked_for(num_threads):
+    gate, started, threads = threading.Event(), threading.Semaphore(0), set()
+
+    def task():
+        threads.add(threading.get_ident())
+        started.release()
+        assert gate.wait(PATIENCE)
+
+    with WriterPool(num_threads, max_pending=6) as pool:
+        for _ in range(6):
+            pool.submit(task)
+        assert all(started.acquire(timeout=PATIENCE) for _ in range(num_threads))  # while none of them can end
+        gate.set()
+    assert len(threads) == num_threads
+
+
+@pytest.mark.parametrize(("num_threads", "max_pending"), [(2, 3), (4, 1)])
+def test_submitting_blocks_while_enough_is_pending(num_threads, max_pending):
+    gate, one_more_is_in = threading.Event(), threading.Event()
+
+    def submit_one_more():
+        pool.submit(lambda: None)
+        one_more_is_in.set()
+
+    with WriterPool(num_threads, max_pending) as pool:
+        for _ in range(max_pending):
+            pool.submit(lambda: gate.wait(PATIENCE))
+        submitter = threading.Thread(target=submit_one_more)
+        submitter.start()
+        assert not one_more_is_in.wait(0.1)
+        gate.set()
+        assert one_more_is_in.wait(PATIENCE)
+        submitter.join(PATIENCE)
+
+
+def failing(error, cause=None):
+    def task():
+        raise error from cause
+
+    return task
+
+
+def run_pool(body, num_threads, max_pending):
+    with WriterPool(num_threads, max_pending) as pool:
+        body(pool)
+
+
+def submit_and_hear(pool, task, heard):
+    try:
+        pool.submit(task)
+    except OSError as failure:
+        heard.append(failure)
+
+
+def test_a_failure_is_raised_at_the_end_with_its_cause():
+    error, cause = OSError("disk full"), ValueError("quota")
+    with pytest.raises(OSError, match="disk full") as raised:
+        run_pool(lambda pool: pool.submit(failing(error, cause)), num_threads=1, max_pending=3)
+    assert raised.value is error
+    assert raised.value.__cause__ is cause
+
+
+def test_the_first_of_two_failures_is_raised():
+    gate, errors = threading.Event(), [OSError("first"), OSError("second")]
+
+    def body(pool):
+        pool.submit(lambda: gate.wait(PATIENCE))
+        for error in errors:
+            pool.submit(failing(error))
+        gate.set()
+
+    with pytest.raises(OSError, match="first") as raised:
+        run_pool(body, num_threads=1, max_pending=3)
+    assert raised.value is errors[0]
+
+
+def test_after_a_failure_submitting_raises_it_and_runs_nothing_more():
+    error, heard, ran = OSError("disk full"), [], []
+
+    def submit_more(pool):
+        for _ in range(5):  # the first of these waits until the failure is known
+            submit_and_hear(pool, lambda: ran.append(1), heard)
+
+    def body(pool):
+        pool.submit(failing(error))
+        submitter = threading.Thread(target=submit_more, args=(pool,), daemon=True)
+        submitter.start()
+        submitter.join(PATIENCE)
+
+    with pytest.raises(OSError, match="disk full"):
+        run_pool(body, num_threads=1, max_pending=1)
+    assert heard == 5 * [error]
+    assert ran == []
+
+
+def test_a_submitter_that_is_waiting_hears_of_the_failure():
+    gate, error, heard, ran = threading.Event(), OSError("disk full"), [], []
+
+    def fail_later():
+        assert gate.wait(PATIENCE)
+        raise error
+
+    def body(pool):
+        pool.submit(fail_later)
+        submitter = threading.Thread(target=submit_and_hear, args=(pool, lambda: ran.append(1), heard), daemon=True)
+        submitter.start()
+        gate.set()
+        submitter.join(PATIENCE)
+
+    with pytest.raises(OSError, match="disk full"):
+        run_pool(body, num_threads=1, max_pending=1)
+    assert heard == [error]
+    assert ran == []
+
+
+def test_a_task_that_succeeds_at_the_same_moment_does_not_hide_a_failure(monkeypatch):
+    """The end of a good task is held up until the failure of another is known, then goes on."""
+    both_are_in, good_is_ending, failure_is_known = threading.Event(), threading.Event(), threading.Event()
+    exception_of = Future.exception
+
+    def slow_exception(future, timeout=None):
+        error = exception_of(future, timeout)
+        if error is None:
+            good_is_ending.set()
+            failure_is_known.wait(0.5)
+        return error
+
+    def fail():
+        assert both_are_in.wait(PATIENCE)
+        good_is_ending.wait(0.5)
+        raise OSError("disk full")
+
+    def body(pool):
+        pool.submit(lambda: both_are_in.wait(PATIENCE))
+        pool.submit(fail)
+        both_are_in.set()
+        with suppress(OSError):
+            pool.submit(lambda: None)  # waits for a place, which the failed task gives back
+        failure_is_known.set()
+
+    monkeypatch.setattr(Future, "exception", slow_exception)
+    with pytest.raises(OSError, match="disk full"):
+        run_pool(body, num_threads=2, max_pending=2)
+
+
+@pytest.mark.parametrize("task_fails", [False, True])
+def test_an_error_of_the_body_is_not_masked_and_what_was_submitted_is_done_first(task_fails):
+    gate, done, mistake = threading.Event(), [], KeyError("body")
+
+    def task():
+        assert gate.wait(PATIENCE)
+        done.append("written")
+        if task_fails:
+            raise OSError("disk full")
+
+    def body(pool):
+        pool.submit(task)
+        threading.Timer(0.05, gate.set).start()  # while the pool is being left
+        raise mistake
+
+    with pytest.raises(KeyError) as raised:
+        run_pool(body, num_threads=1, max_pending=2)
+    assert raised.value is mistake
+    assert done == ["written"]
+
+
+def test_images_still_pending_do_not_hold_up_a_stop(monkeypatch):
+    monkeypatch.setattr(worker, "DRAIN_SECONDS", 0.3)
+    written = []
+    gate = threading.Event()
+    with pytest.raises(Stopped), WriterPool(1, 8) as writers:  # noqa: PT012 - the pool is what is tested
+        writers.submit(lambda: written.append("the one that is quick"))
+        writers.submit(lambda: gate.wait(1) or written.append("the one under way"))
+        for _ in range(5):
+            writers.submit(lambda: written.append("one of those that wait"))
+        raise Stopped(signal.SIGTERM)
+    assert written == ["the one that is quick", "the one under way"]

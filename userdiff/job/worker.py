@@ -1,0 +1,150 @@
+"""One process's loop: claim a batch, compute it, and leave its images to a bounded pool that encodes and writes them."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from threading import BoundedSemaphore, Lock
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from userdiff.config import JobConfig
+from userdiff.dataset import layout, locks
+from userdiff.dataset.atomic import publish
+from userdiff.dataset.manifest import PartWriter
+from userdiff.dataset.png import encode_png, is_flat
+from userdiff.dataset.recipe import Recipe
+from userdiff.diffusion import generate, gpu_errors
+from userdiff.diffusion.model import JobModel
+from userdiff.job import console
+from userdiff.job.plan import PADDING, Plan
+from userdiff.job.store import Coordinator
+from userdiff.seeds import Item
+from userdiff.shutdown import Halted
+
+WRITER_THREADS = 4
+PENDING_BATCHES = 2  # to be encoded and written while the next one computes; more would only hold memory
+FLAT_NAMED = 1000  # images of one colour that are noted by name: a model gone wrong makes nothing else
+DRAIN_SECONDS = 5.0  # for what is computed to be written, when a job ends early
+
+
+def make_images(
+    config: JobConfig,
+    model: JobModel,
+    plan: Plan,
+    coordinator: Coordinator,
+    *,
+    compress_level: int,
+    on_step: Callable[[], None],
+) -> None:
+    """Claim batches until none is left; compute each, encode its images and publish them.
+
+    However this ends, what was computed is written and noted first. `on_step` is called before every UNet pass and
+    while a GPU is waited for; what it raises ends the loop.
+    """
+    recipe = Recipe.of(model.identity, model.run)
+    part = PartWriter(layout.part_path(config.output_dir, coordinator.process_index))
+    pool = WriterPool(WRITER_THREADS, PENDING_BATCHES * plan.batch_size)
+    with locks.writing(config.output_dir), part, pool as writers:
+
+        def save(item: Item, pixels: NDArray[np.uint8]) -> None:
+            png = encode_png(pixels, recipe.text_chunks(*item), compress_level)
+            # The row follows the image: what a row speaks of is there.
+            publish(config.output_dir / layout.file_name(*item), png)
+            part.append(recipe.row(*item, size=(pixels.shape[1], pixels.shape[0]), png=png))
+            coordinator.count_published(1, num_bytes=len(png))
+            if is_flat(pixels):
+                coordinator.report("flat", item, FLAT_NAMED)
+
+        is_first = True
+        for number, batch in _batches(config, model, plan, coordinator, on_step):
+            if number == 0 and batch.contradicts_range:
+                console.warn_of_range(config.vae_output_range)
+            if is_first:
+                _look_at_memory(model, plan, coordinator)
+                is_first = False
+            for item, pixels in batch.images():
+                if pixels is None:
+                    coordinator.report("failed", item)
+                else:
+                    writers.submit(partial(save, item, pixels))
+
+
+def _look_at_memory(model: JobModel, plan: Plan, coordinator: Coordinator) -> None:
+    """Warn, for the first GPU on which that is so, where a batch leaves too little memory."""
+    free = gpu_errors.free_memory(model.device)
+    if free is not None and free < gpu_errors.HEADROOM and coordinator.is_first("memory"):
+        console.warn_of_memory(coordinator.name, plan.batch_size, free, gpu_errors.HEADROOM)
+
+
+def _batches(
+    config: JobConfig, model: JobModel, plan: Plan, coordinator: Coordinator, on_step: Callable[[], None]
+) -> Iterator[tuple[int, generate.Batch]]:
+    """Claim batches until none is left, and yield (number, batch) once the images of each are on the host.
+
+    One is yielded while a GPU computes the next, so at most two are under way.
+    """
+    under_way: deque[tuple[int, generate.Batch]] = deque()
+    try:
+        while (number := coordinator.next_batch()) < len(plan.batches):
+            items = [None if row == PADDING else plan.item(row) for row in plan.batches[number]]
+            under_way.append((number, generate.start(config, model, items, on_step)))
+            if len(under_way) > 1:
+                under_way[0][1].wait(on_step)
+            while under_way and under_way[0][1].is_there():
+                yield under_way.popleft()
+        for number, batch in under_way:
+            batch.wait(on_step)
+            yield number, batch
+    except Halted:
+        yield from ((number, batch) for number, batch in under_way if batch.is_there())
+        raise
+
+
+class WriterPool:
+    """A bounded pool of writer threads; its first failure is raised, with its cause, to whoever submits or closes.
+
+    At most `max_pending` tasks wait or are under way; `submit` blocks when there are more, so that memory stays flat
+    when the disk is slower than the model. Leaving the `with` block waits for all of them; by an exception, no longer
+    than DRAIN_SECONDS for those that have not begun.
+    """
+
+    def __init__(self, num_threads: int, max_pending: int) -> None:
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="writer")
+        self._max_pending = max_pending
+        self._free = BoundedSemaphore(max_pending)
+        self._lock = Lock()
+        self._error: BaseException | None = None
+
+    def submit(self, task: Callable[[], object]) -> None:
+        """Queue a task for a writer thread; raises the error of an earlier task, and takes no more after one."""
+        self._free.acquire()
+        if self._error is not None:
+            self._free.release()
+            raise self._error
+        self._executor.submit(task).add_done_callback(self._finished)
+
+    def _finished(self, future: "Future[object]") -> None:
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            with self._lock:  # so that nothing takes the first error's place
+                self._error = self._error or error
+        self._free.release()
+
+    def __enter__(self) -> "WriterPool":  # noqa: PYI034 - typing.Self is newer than Python 3.10
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            deadline = time.monotonic() + DRAIN_SECONDS
+            for _ in range(self._max_pending):  # as many as there may be
+                if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                    break
+        self._executor.shutdown(wait=True, cancel_futures=error is not None)
+        if error is None and self._error is not None:
+            raise self._error
