@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from userdiff.dataset import manifest
-from userdiff.dataset.manifest import Track
-from userdiff.tools.audit import IMAGE_SUFFIXES
-from userdiff.tools.similarity import NEAR, Likeness, likeness, nearest
+from userdiff.dataset.layout import LOADED_SUFFIXES
+from userdiff.dataset.scan import Track, listed_rows, read_all, untracked
+from userdiff.tools.similarity import NEAR, Similarity, nearest, similarity
 
 COPY_DIFFERENCE = 0.1  # the closest two of 4,400 handwritten digits have 0.11, noise of 4 levels makes 0.04
 FLAT_CONTRAST = 2.0  # levels of 255
@@ -41,11 +40,11 @@ _ENDS_IN_ID = re.compile(r".*?0*([1-9]\d*)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UserFigures:
-    """What is said of one user."""
+    """The figures of one user."""
 
     user_id: int
     num_images: int
-    """That could be read."""
+    """The number of images that could be read."""
     num_flat: int
     num_odd: int
     num_copies: int
@@ -55,9 +54,9 @@ class UserFigures:
     brightness: tuple[float, float]
     """Mean and standard deviation over the user's images, in levels of 255."""
     contrast: tuple[float, float]
-    generated: Likeness | None
+    generated: Similarity | None
     """To the dataset's own images; None where there is nothing to compare with."""
-    real: Likeness | None
+    real: Similarity | None
     """To real images, where these were given."""
 
 
@@ -82,12 +81,12 @@ class Oddity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What is said of a dataset."""
+    """The figures of a dataset."""
 
     num_images: int
-    """That could be read."""
+    """The number of images that could be read."""
     num_compared: int
-    """Of them, for copies."""
+    """The number of them that were compared with each other."""
     damaged: list[str]
     users: list[UserFigures]
     closest_within: list[Pair]
@@ -96,12 +95,12 @@ class Report:
     oddest: list[Oddity]
 
 
-def inspect(output_dir: Path, real_dir: Path | None = None, track: Track = manifest.untracked) -> Report:
+def inspect(output_dir: Path, real_dir: Path | None = None, track: Track = untracked) -> Report:
     """Read the images of a manifest and compare them; raises ValueError where there are none.
 
     real_dir: real images to compare with, in folders whose names end in a user's id.
     """
-    rows = manifest.listed_images(output_dir)
+    rows = listed_rows(output_dir)
     real_files = _real_files(real_dir) if real_dir else []
     names = [row.file_name for row in rows]
     users = [row.user_id for row in rows]
@@ -114,7 +113,7 @@ def inspect(output_dir: Path, real_dir: Path | None = None, track: Track = manif
         raise ValueError(f"--real: none of the {len(real_files)} images in {real_dir} can be read")
     compared = _thinned(looks[looks["contrast"] >= FLAT_CONTRAST])
     near = _near(compared, track)
-    to_real = likeness(compared["user"], _near(compared, track, real), real["user"]) if real_dir else {}
+    to_real = similarity(compared["user"], _near(compared, track, real), real["user"]) if real_dir else {}
     oddness = _oddness(looks)
     return Report(
         num_images=len(looks),
@@ -145,7 +144,7 @@ def _real_files(real_dir: Path) -> list[tuple[int, Path]]:
             folders[user_id] = folder
     files = []
     for user_id, folder in sorted(folders.items()):
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in LOADED_SUFFIXES)
         files += [(user_id, found[i]) for i in _spread(len(found), REAL)]
     if not files:
         raise ValueError(f"--real: {real_dir} holds no images in folders whose names end in a user's id, as user_07")
@@ -156,7 +155,7 @@ def _look_at_all(paths: Sequence[Path], users: Sequence[int], track: Track) -> N
     """Read images with several threads, keeping of each what _LOOK says; those that cannot be read are left out."""
     looks = np.zeros(len(paths), _LOOK)
     is_read = np.zeros(len(paths), bool)
-    found = manifest.read_all(_look_at, paths)
+    found = read_all(_look_at, paths)
     for i, (user_id, look) in enumerate(zip(users, track(found, len(paths)), strict=True)):
         if look is not None:
             looks[i], is_read[i] = (i, user_id, *look), True
@@ -208,9 +207,9 @@ def _user_figures(
     compared: NDArray[np.void],
     near: NDArray[np.void],
     oddness: NDArray[np.float64],
-    to_real: Mapping[int, Likeness],
+    to_real: Mapping[int, Similarity],
 ) -> list[UserFigures]:
-    generated = likeness(compared["user"], near)
+    generated = similarity(compared["user"], near)
     figures = []
     for user_id in np.unique(looks["user"]).tolist():
         is_user = looks["user"] == user_id
@@ -233,7 +232,7 @@ def _user_figures(
 
 
 def _differences(near: NDArray[np.void], which: str) -> NDArray[np.float64]:
-    """Give how much the nearest differ, as Pair says; infinity where there is none. `which`: `own` or `other`."""
+    """Return how much the nearest differ, in Pair's unit; infinity where there is none. `which`: `own` or `other`."""
     return np.sqrt(near[f"{which}_distance"]) / (SIDE * _LEVELS)
 
 
@@ -252,7 +251,7 @@ def _pairs(looks: NDArray[np.void], near: NDArray[np.void], which: str, names: S
 
 
 def _oddness(looks: NDArray[np.void]) -> NDArray[np.float64]:
-    """Tell how far brightness and contrast are from their user's median: [n, 2], in robust standard deviations.
+    """Return how far brightness and contrast are from their user's median: [n, 2], in robust standard deviations.
 
     A spread below one level counts as one: among images that are all alike, the slightest difference is not odd.
     """

@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from textwrap import wrap
 
+from userdiff.text import count, listed
 from userdiff.tools import inspect as inspection
-from userdiff.tools.inspect import Oddity, Pair, Report, UserFigures
-from userdiff.tools.run_summary import count
-from userdiff.tools.similarity import Likeness
+from userdiff.tools.inspect import Pair, Report, UserFigures
+from userdiff.tools.similarity import Similarity
 
 USERS_SHOWN = 100
-NAMES_SHOWN = 20
 
 _WIDTH = 110  # of the notes
 
@@ -37,10 +36,10 @@ _NOTES = {
 
 
 def report_lines(name: str, report: Report) -> Iterator[str]:
-    """Give the lines to print of a dataset called `name`: a table, the worst cases, what the figures can tell."""
+    """Yield the lines to print for a dataset called `name`: a table, the worst cases, what the figures can tell."""
     yield f"{name}: {count(report.num_images, 'image')} of {count(len(report.users), 'user')}"
     if report.damaged:
-        yield f"{len(report.damaged)} more cannot be read: {_bounded(report.damaged)}"
+        yield f"{len(report.damaged)} more cannot be read: {listed(report.damaged)}"
     yield ""
     yield from _table(report)
     yield ""
@@ -48,19 +47,16 @@ def report_lines(name: str, report: Report) -> Iterator[str]:
     yield from _pair_lines("Closest within a user", report.closest_within)
     yield from _pair_lines("Closest across users", report.closest_across)
     yield from _lines("Flattest (contrast)", [f"{one.value:8.1f}  {one.name}" for one in report.flattest])
-    yield from _lines("Oddest (robust standard deviations)", [_oddity_line(one) for one in report.oddest])
+    yield from _lines(
+        "Oddest (robust standard deviations)", [f"{one.value:8.1f}  {one.name}  {one.what}" for one in report.oddest]
+    )
     yield from _notes(report)
 
 
 def report_json(report: Report) -> bytes:
-    """Give all figures of a report, of every user, as JSON."""
+    """Return all figures of a report, for every user, as JSON."""
     limits = {name: getattr(inspection, name) for name in ("COPY_DIFFERENCE", "FLAT_CONTRAST", "ODD_SPREADS")}
     return (json.dumps({"limits": limits, **asdict(report)}, indent=1) + "\n").encode()
-
-
-def _bounded(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _table(report: Report) -> Iterator[str]:
@@ -79,25 +75,23 @@ def _table(report: Report) -> Iterator[str]:
 
 def _shown(users: Sequence[UserFigures]) -> Sequence[UserFigures]:
     """Choose whom the table shows: all, or where they are many those least like themselves."""
-    if len(users) <= USERS_SHOWN:
-        return users
-    return sorted(users, key=_own_share)[:USERS_SHOWN]
 
+    def own_share(user: UserFigures) -> float:
+        found = user.real or user.generated
+        return found.own if found and found.chance else 2.0  # nothing is known of them
 
-def _own_share(user: UserFigures) -> float:
-    found = user.real or user.generated
-    return found.own if found and found.chance else 2.0  # nothing is known of them
+    return users if len(users) <= USERS_SHOWN else sorted(users, key=own_share)[:USERS_SHOWN]
 
 
 def _spread(mean_and_deviation: tuple[float, float]) -> str:
     return "{:.0f} ± {:>2.0f}".format(*mean_and_deviation)
 
 
-def _own(found: Likeness | None) -> str:
+def _own(found: Similarity | None) -> str:
     return f"{found.own:.0%}" if found and found.chance else "-"  # without a chance: nothing of theirs to be found
 
 
-def _other(found: Likeness | None) -> str:
+def _other(found: Similarity | None) -> str:
     return f"{found.other} ({found.other_share:.0%})" if found and found.other is not None else "-"
 
 
@@ -114,7 +108,7 @@ def _verdict(users: Sequence[UserFigures]) -> Iterator[str]:
         chance = sum(one.chance for one in known.values()) / len(known)
         yield f"The most similar {whose} image is of the same user: {own:.0%}, by chance {chance:.0%}"
         mistaken = [f"{user_id} (like {one.other})" for user_id, one in known.items() if one.other_share >= one.own]
-        yield f"  Users no more like themselves than like another: {_bounded(mistaken) if mistaken else 'none'}"
+        yield f"  Users no more like themselves than like another: {listed(mistaken) if mistaken else 'none'}"
 
 
 def _pair_lines(title: str, pairs: Sequence[Pair]) -> Iterator[str]:
@@ -123,10 +117,6 @@ def _pair_lines(title: str, pairs: Sequence[Pair]) -> Iterator[str]:
         same = "same pixels" if pair.has_same_pixels else ""
         lines.append(f"{pair.difference:8.1%}  {'  '.join(pair.names)}  {same}".rstrip())
     yield from _lines(f"{title} (difference, of their contrast)", lines)
-
-
-def _oddity_line(one: Oddity) -> str:
-    return f"{one.value:8.1f}  {one.name}  {one.what}"
 
 
 def _lines(title: str, lines: Sequence[str]) -> Iterator[str]:

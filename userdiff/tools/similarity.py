@@ -63,7 +63,7 @@ def _closest(
 
 
 @dataclass(frozen=True, slots=True)
-class Likeness:
+class Similarity:
     """Whose images a user's images are most like."""
 
     own: float
@@ -75,16 +75,16 @@ class Likeness:
     other_share: float
 
 
-def likeness(
+def similarity(
     users: NDArray[np.int64], near: NDArray[np.void], other_users: NDArray[np.int64] | None = None
-) -> dict[int, Likeness]:
+) -> dict[int, Similarity]:
     """Sum up, user by user, the fields of NEAR that `nearest` found for the same arguments.
 
     A user without a nearest image, of their own or another's, is left out. Equally near counts as the user's own.
     """
     is_same = other_users is None
     candidates = users if other_users is None else other_users
-    sums: dict[int, Likeness] = {}
+    sums: dict[int, Similarity] = {}
     for user_id in np.unique(users).tolist():
         found = near[users == user_id]
         is_own = (found["own"] >= 0) & (found["own_distance"] <= found["other_distance"])
@@ -93,5 +93,5 @@ def likeness(
             others = Counter(candidates[found["other"][~is_own]].tolist())
             other, count = min(others.items(), key=lambda item: (-item[1], item[0])) if others else (None, 0)
             chance = (int((candidates == user_id).sum()) - is_same) / num_candidates
-            sums[user_id] = Likeness(float(is_own.mean()), chance, other, count / len(found))
+            sums[user_id] = Similarity(float(is_own.mean()), chance, other, count / len(found))
     return sums

@@ -23,7 +23,7 @@ class Thumbnail(NamedTuple):
     """On the page, in CSS pixels: the copy's own, or a multiple of it where that is small."""
     height: int
     is_enlarged: bool
-    """Whether it is a multiple."""
+    """True where it is shown larger than it is."""
 
 
 def make_thumbnail(path: Path, max_bytes: int) -> Thumbnail | None:

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import statistics
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageStat
 
 from userdiff.cli import main
-from userdiff.dataset.manifest import Recipe, write_manifest
+from userdiff.dataset.manifest import write_manifest
+from userdiff.dataset.recipe import Recipe
+from userdiff.text import listed
 from userdiff.tools import inspect as inspection
 from userdiff.tools import inspect_report as findings
 from userdiff.tools import similarity as likeness
 from userdiff.tools.inspect import inspect
-from userdiff.tools.similarity import NEAR, Likeness
+from userdiff.tools.similarity import NEAR, Similarity
 
 RECIPE = Recipe(seed=42, num_inference_steps=1, conditioning="trained", run="0" * 64)
 
@@ -161,7 +164,7 @@ def test_likeness_counts_whose_image_is_nearest(sets, is_same):
     (queries, users), (others, other_users) = sets
     given_others = () if is_same else (others, other_users)
     near = np.array(list(likeness.nearest(queries, users, *given_others)), NEAR)
-    found = likeness.likeness(users, near, *given_others[1:])
+    found = likeness.similarity(users, near, *given_others[1:])
     candidates = users if is_same else other_users
     assert set(found) == (set(users.tolist()) if len(candidates) > is_same else set())
     for user_id, one in found.items():
@@ -291,9 +294,9 @@ def test_real_images_tell_users_that_were_swapped(tmp_path, capsys):
     (real / "list_4").write_text("no folder")
     report = inspect(out, real)
     assert [one.real for one in report.users] == [
-        Likeness(0.0, 1 / 3, 2, 1.0),
-        Likeness(0.0, 1 / 3, 1, 1.0),
-        Likeness(1.0, 1 / 3, None, 0.0),
+        Similarity(0.0, 1 / 3, 2, 1.0),
+        Similarity(0.0, 1 / 3, 1, 1.0),
+        Similarity(1.0, 1 / 3, None, 0.0),
     ]
     text = said(capsys, out, "--real", real)
     assert "The most similar real image is of the same user: 33%, by chance 33%\n" in text
@@ -403,7 +406,7 @@ def test_every_column_is_explained(report):
 
 def test_lists_are_bounded(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(findings, "USERS_SHOWN", 2)
-    monkeypatch.setattr(findings, "NAMES_SHOWN", 1)
+    monkeypatch.setattr(findings, "listed", partial(listed, limit=1))
     out = shutil.copytree(dataset, tmp_path / "out")
     (out / name(1, 3)).unlink()
     (out / name(1, 4)).unlink()
@@ -413,8 +416,8 @@ def test_lists_are_bounded(dataset, tmp_path, monkeypatch, capsys):
     assert lines[6] == "and 4 more users, whose own share is no lower"
     assert "  Users no more like themselves than like another: 2 (like 12) and 1 more" in lines
     report = inspect(out)
-    for listed in (report.closest_within, report.closest_across, report.flattest):
-        assert len(listed) == inspection.LISTED
+    for worst in (report.closest_within, report.closest_across, report.flattest):
+        assert len(worst) == inspection.LISTED
 
 
 def test_the_figures_can_be_written_as_json(report, dataset, tmp_path, capsys):

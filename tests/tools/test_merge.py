@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -16,18 +15,26 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
 
 from tests.checkpoints import model_flags
+from tests.definitions import chunks_of, csv_of, fields_of, name_of, png_of
+from tests.job.test_output_folder import mounted
 from tests.jobs import ROOT, run_job, tree
-from tests.test_folder import mounted
 from userdiff.cli import main
-from userdiff.dataset.run_record import folder_lock
-from userdiff.tools.audit import read_status, verify
-from userdiff.tools.joining import join
+from userdiff.dataset.locks import folder_lock
+from userdiff.tools.merge import merge_into
+from userdiff.tools.status import read_status
+from userdiff.tools.verify import verify
 
-HEADER = "file_name,user_id,image_index,seed,num_inference_steps,conditioning,width,height,num_bytes,sha256\n"
-IDENTITY = {"seed": 42, "num_inference_steps": 20, "unet": {"weights": "ab" * 32}, "user_index": {"1": 0, "2": 1}}
+IDENTITY = {
+    "seed": 42,
+    "num_inference_steps": 20,
+    "vae": {"weights": "ef" * 32, "config": {}},
+    "unet": {"weights": "ab" * 32},
+    "condition_encoder": "01" * 32,
+    "noise_schedule": {},
+    "user_index": {"1": 0, "2": 1},
+}
 NUMERICS = {"batch_size": 4, "device": "x86_64"}
 
 
@@ -38,35 +45,17 @@ def run_of(identity):
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def name_of(user_id, image_index):
-    return f"user_{user_id:02d}/generated_{image_index:03d}.png"
-
-
-def seed_of(user_id, image_index):
-    digest = hashlib.blake2b(f"42:{user_id}".encode(), digest_size=4).digest()
-    return (int.from_bytes(digest, "big") + image_index) % 2**32
-
-
 RUN = run_of(IDENTITY)
 
 
 @cache
 def png(user_id, image_index, run=RUN, colour="navy"):
-    chunks, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
-    said = {"user_id": user_id, "image_index": image_index, "seed": seed_of(user_id, image_index)}
-    for key, value in {**said, "num_inference_steps": 20, "conditioning": "trained", "userdiff_run": run}.items():
-        chunks.add_text(key, str(value))
-    Image.new("RGB", (3, 2), colour).save(buffer, format="PNG", pnginfo=chunks)
-    return buffer.getvalue()
+    return png_of(chunks_of(user_id, image_index, run=run), colour=colour)
 
 
 def manifest_of(contents):
     """The CSV of {(user_id, image_index): file content}."""
-    return HEADER + "".join(
-        f"{name_of(*item)},{item[0]},{item[1]},{seed_of(*item)},20,trained,3,2,{len(data)},"
-        f"{hashlib.sha256(data).hexdigest()}\n"
-        for item, data in sorted(contents.items())
-    )
+    return csv_of(*(fields_of(*item, data) for item, data in sorted(contents.items())))
 
 
 def entry_of(user_ids, number, **changes):
@@ -97,9 +86,9 @@ def dataset(folder, contents, user_ids="1-2", number=3, *, identity=IDENTITY, nu
 def interrupt(folder):
     """Make of a dataset what a killed job leaves: rows in a part, and nobody to say how it ended."""
     (folder / "manifest.csv").rename(folder / "manifest.part-00000.csv")
-    (folder / "manifest.csv").write_text(HEADER)
+    (folder / "manifest.csv").write_text(csv_of())
     record = json.loads((folder / "run.json").read_text())
-    record["manifest_sha256"] = hashlib.sha256(HEADER.encode()).hexdigest()
+    record["manifest_sha256"] = hashlib.sha256(csv_of().encode()).hexdigest()
     record["history"][-1] |= {"state": "running", "ended": None}
     (folder / "run.json").write_text(json.dumps(record))
 
@@ -184,7 +173,7 @@ def test_joined_are_all_images_whatever_the_order_and_however_often(held, order,
     before = state(*sources)
     order.shuffle(sources)
     for into in ("C", "C", "another"):
-        join(sources, folder / into)
+        merge_into(sources, folder / into)
         assert_is(folder / into, drawn(set().union(*held)))
         order.shuffle(sources)
     assert state(*sources) == before
@@ -194,7 +183,7 @@ def test_later_only_what_is_new_is_put_and_every_run_stands_once_in_the_history(
     into = tmp_path / "C"
     jobs.append(dataset(tmp_path / "job_3", all_of([3], 2), "3", started="2025-12-01T00:00:00+00:00"))
     interrupt(jobs[2])
-    assert join(jobs, into).num_missing == 1
+    assert merge_into(jobs, into).num_missing == 1
     assert (read_status(into).state, read_status(into).done) == ("incomplete", {1: 3, 2: 3, 3: 2})
     old = state(into)
     (before,) = history(jobs[2])
@@ -203,7 +192,7 @@ def test_later_only_what_is_new_is_put_and_every_run_stands_once_in_the_history(
     record = json.loads((jobs[2] / "run.json").read_text())
     record["history"] = [before, entry_of("3", 3, started="2026-02-01T00:00:00+00:00")]
     (jobs[2] / "run.json").write_text(json.dumps(record))
-    joined = join([jobs[2]], into)  # the others may be gone by now
+    joined = merge_into([jobs[2]], into)  # the others may be gone by now
     assert (joined.num_images, joined.num_linked, joined.num_copied, joined.num_missing) == (9, 1, 0, 0)
     assert_is(into, drawn(all_of([1, 2, 3])))
     assert all(state(into)[path] == seen for path, seen in old.items() if path.suffix == ".png")
@@ -218,7 +207,7 @@ def test_later_only_what_is_new_is_put_and_every_run_stands_once_in_the_history(
 def test_into_a_jobs_own_folder_which_keeps_what_it_has(jobs, tmp_path):
     into = dataset(tmp_path / "C", all_of([3]), "3", numerics={**NUMERICS, "batch_size": 9})
     kept = state(into)
-    assert join(jobs, into).num_linked == 6
+    assert merge_into(jobs, into).num_linked == 6
     assert_is(into, drawn(all_of([1, 2, 3])))
     assert {path: seen for path, seen in state(into).items() if path.parent.name == "user_03"}.items() <= kept.items()
     assert json.loads((into / "run.json").read_text())["numerics"]["batch_size"] == 9
@@ -260,13 +249,13 @@ def test_what_is_not_proven_stays_out_and_is_said(jobs, tmp_path, capsys):
 
 def test_what_the_joined_folder_lacks_or_has_damaged_is_put_again(jobs, tmp_path):
     into = tmp_path / "C"
-    join(jobs, into)
+    merge_into(jobs, into)
     (into / name_of(1, 1)).unlink()
     (into / name_of(2, 0)).unlink()
     (into / name_of(2, 0)).write_bytes(b"half")
     (into / "user_02" / ".generated_001.png.tmp-0123abcd").write_bytes(b"half")
     before = state(*jobs)
-    joined = join(jobs, into)
+    joined = merge_into(jobs, into)
     assert (joined.num_linked, joined.num_copied, joined.left_out) == (1, 1, {})
     assert_is(into, drawn(all_of([1, 2])))
     assert state(*jobs) == before
@@ -317,7 +306,7 @@ def test_two_contents_of_one_image_are_refused(jobs, tmp_path, capsys):
         f"folders hold (batch_size is 4 in {jobs[0]} and 1 more, 8 in {tmp_path / 'other'}); join without one of the two "
         "folders"
     )
-    join(jobs, tmp_path / "C")
+    merge_into(jobs, tmp_path / "C")
     said = refusal(capsys, tmp_path / "other", "--into", tmp_path / "C")
     assert said.startswith(f"{tmp_path / 'C' / name_of(1, 1)} and {tmp_path / 'other' / name_of(1, 1)} differ")
 
@@ -399,7 +388,7 @@ def test_links_where_that_can_be_and_through_links(jobs, tmp_path):
     kept = (jobs[1] / name_of(2, 0)).rename(tmp_path / "kept.png")
     (jobs[1] / name_of(2, 0)).symlink_to(kept)
     (tmp_path / "again").symlink_to("job_1")
-    assert join([*jobs, tmp_path / "again"], tmp_path / "C").num_linked == 6
+    assert merge_into([*jobs, tmp_path / "again"], tmp_path / "C").num_linked == 6
     assert (tmp_path / "C" / name_of(1, 0)).samefile(tmp_path / "larger_disk" / "generated_000.png")
     assert (tmp_path / "C" / name_of(2, 0)).samefile(kept)
     assert not any(path.is_symlink() for path in (tmp_path / "C").rglob("*"))
@@ -414,7 +403,7 @@ def test_copies_elsewhere_and_only_of_what_has_its_rows_hash(jobs, tmp_path, mon
     for damaged in (jobs[0] / name_of(1, 0), jobs[1] / name_of(2, 0)):
         damaged.write_bytes(bytes(damaged.stat().st_size))
     dataset(tmp_path / "job_3", [(2, 0)], "2")
-    joined = join([*jobs, tmp_path / "job_3"], tmp_path / "C")
+    joined = merge_into([*jobs, tmp_path / "job_3"], tmp_path / "C")
     assert (joined.num_linked, joined.num_copied, joined.num_missing) == (0, 5, 1)
     assert joined.left_out == {jobs[0]: [(1, 0)]}
     assert_is(tmp_path / "C", drawn([(1, 1), (1, 2), *all_of([2])]))
@@ -425,7 +414,7 @@ def test_a_folder_where_nothing_can_be_written_gives_its_images(jobs, tmp_path):
     with mounted(tmp_path / "disk", "size=4m") as disk:
         dataset(disk / "job_3", all_of([3]), "3")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        assert join([*jobs, disk / "job_3"], tmp_path / "C").num_copied == 3
+        assert merge_into([*jobs, disk / "job_3"], tmp_path / "C").num_copied == 3
     assert_is(tmp_path / "C", drawn(all_of([1, 2, 3])))
 
 
@@ -507,7 +496,7 @@ def join_and_die(sources, into, changes_left):
 
     try:
         sys.addaudithook(hook)
-        join(sources, into)
+        merge_into(sources, into)
     except BaseException:
         os._exit(1)
     os._exit(0)
@@ -525,7 +514,7 @@ def test_killed_at_any_change_of_the_disk_and_run_again(tmp_path, monkeypatch, l
             assert path.read_bytes() == expected[int(path.parent.name[-2:]), int(path.stem[-3:])]
         if (into / "run.json").exists():
             assert read_status(into).state in {"killed", "complete"}
-        join(jobs, into)
+        merge_into(jobs, into)
         assert_is(into, expected)
         assert read_status(into).state == "complete"
         shutil.rmtree(into)

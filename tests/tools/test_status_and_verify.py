@@ -15,11 +15,12 @@ from PIL import Image
 from tests.checkpoints import model_flags
 from tests.jobs import ROOT, run_job, tree
 from userdiff.cli import main
-from userdiff.dataset import images
-from userdiff.dataset.images import encode_png
-from userdiff.dataset.rows import Table, read_rows
-from userdiff.dataset.run_record import folder_lock
-from userdiff.tools.audit import Problem, flat_images, merge, read_status, verify
+from userdiff.dataset.locks import folder_lock
+from userdiff.dataset.png import encode_png
+from userdiff.dataset.rows import read_lines
+from userdiff.tools.merge import merge
+from userdiff.tools.status import read_status
+from userdiff.tools.verify import Problem, verify
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +352,7 @@ def test_a_dataset_that_lost_its_record_is_told_what_makes_it_again(out, capsys,
 def test_a_killed_job_of_a_full_disk_may_have_died_of_it(out, monkeypatch):
     interrupt(out, state="running")
     assert (read_status(out).state, read_status(out).detail) == ("killed", "")
-    monkeypatch.setattr(images, "space", lambda *_: images.Space(1, 1, 512, 9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 512, 512))
     assert read_status(out).detail == "or out of room, 512 bytes are free"
 
 
@@ -387,7 +388,7 @@ def test_merge_does_what_the_next_run_would_without_making_the_rest(flags, out, 
     assert main(["merge", str(out)]) == 0
     assert capsys.readouterr().out == f"{out / 'manifest.csv'}: 4 images\n"
     assert not list(out.glob("manifest.part-*"))
-    assert list(read_rows(out / "manifest.csv")) == list(read_rows(finished / "manifest.csv"))[:4]
+    assert list(read_lines(out / "manifest.csv")) == list(read_lines(finished / "manifest.csv"))[:4]
     assert "changed" not in {problem.kind for problem in verify(out)}  # the record knows the new manifest
     assert run_job(*flags, "--user_ids", 1, 2, "--output_dir", out) == 0
     assert tree(out) == tree(finished)
@@ -404,25 +405,6 @@ def test_merge_waits_for_no_running_job(out, capsys):
     with folder_lock(out):
         assert main(["merge", str(out)]) == 2
     assert "is in use by another job (process " in capsys.readouterr().err
-
-
-# Flat images
-
-
-def test_flat_images_are_found_and_only_small_files_are_opened(out, monkeypatch):
-    from userdiff.dataset import images
-
-    rows = list(read_rows(out / "manifest.csv"))
-    for number, pixels in enumerate([np.zeros((16, 16, 3)), np.full((16, 16, 3), 255), np.full((16, 16, 1), 7)]):
-        (out / rows[number].file_name).write_bytes(encode_png(pixels.astype(np.uint8), {"user_id": "1"}))
-    (out / rows[3].file_name).write_bytes(encode_png(np.eye(16, dtype=np.uint8)[:, :, None], {}))
-    small = [row._replace(num_bytes=300) for row in rows[:4]]
-    opened = []
-    is_flat = images.is_flat
-    monkeypatch.setattr(images, "is_flat", lambda path: opened.append(path) or is_flat(path))
-    large = [row._replace(num_bytes=10**6) for row in rows[4:]]
-    assert flat_images(out, Table([*small, *large])) == ([(1, 0), (1, 1), (1, 2)], set())
-    assert len(opened) == 4
 
 
 # The command line

@@ -1,0 +1,167 @@
+"""What lies in a dataset's folder that is not as its records say: what `userdiff verify` prints."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from userdiff.dataset import layout
+from userdiff.dataset.locks import lock_holder
+from userdiff.dataset.manifest import manifest_sha256
+from userdiff.dataset.png import RUN_CHUNK, decode_png, read_text_chunks
+from userdiff.dataset.recipe import Recipe
+from userdiff.dataset.rows import Row, Rows, as_rows
+from userdiff.dataset.run_record import RunRecord
+from userdiff.dataset.scan import Track, have_files, read_all, untracked, user_folders
+from userdiff.text import count
+from userdiff.tools.status import best_rows, num_of_wanted
+
+_LISTED = 20  # problems of a kind; --deep on a broken disk may find thousands
+_REMEDIES = {
+    "missing": "images and run.json: run the job's command; manifest.csv: that, or `userdiff merge`",
+    "changed": "images: remove those that have the size of their row, then run the job's command; manifest.csv: the job's "
+    "command writes it anew, and so does `userdiff merge`",
+    "unmerged": "`userdiff merge` records it, and so does the job's command",
+    "unrecorded": "`userdiff merge` records it, and so does the job's command",
+    "foreign": "move it away",
+}
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Problem:
+    """Something in a folder that is not as its records say."""
+
+    kind: str
+    """`missing`, `changed`, `unrecorded`, `unmerged` or `foreign`."""
+    name: str
+    """A path relative to the folder, with `/`."""
+    what: str
+
+
+def verify(output_dir: Path, *, deep: bool = False, track: Track = untracked) -> list[Problem]:
+    """Compare the rows of a dataset with its files by size; `deep`: by hash, decoding every image.
+
+    Raises ValueError where there is no dataset. A folder without `run.json` is compared with its manifest alone.
+    """
+    run_record = RunRecord.read(output_dir)
+    if run_record is None and not (output_dir / layout.MANIFEST_NAME).is_file():
+        raise ValueError(f"{output_dir} holds no dataset: neither {layout.RECORD_NAME} nor {layout.MANIFEST_NAME}")
+    recipe = Recipe.of(run_record.identity, run_record.run) if run_record else None
+    # The files before the rows: while a job runs, an image's row comes after its file.
+    folders = list(user_folders(output_dir))
+    rows = best_rows(output_dir, recipe)
+    problems = [*_record_problems(output_dir, run_record), *_misleading(output_dir)]
+    unrecorded: dict[int, list[int]] = {}
+    for folder in folders:
+        problems += [Problem("foreign", f"{folder.name}/{name}", "not an image of a job") for name in folder.foreign]
+        known = rows.of_user(folder.user_id)["image_index"]
+        for image_index in np.setdiff1d(folder.image_indices, known, assume_unique=True).tolist():
+            if problem := _problem_without_row(output_dir, recipe, folder.user_id, image_index):
+                problems.append(problem)
+            else:
+                unrecorded.setdefault(folder.user_id, []).append(image_index)
+    if lock_holder(output_dir) is None:  # else their rows may be on the way
+        problems += [
+            Problem("unrecorded", f"user_{user_id:02d}", f"{count(len(indices), 'image')} without a row")
+            for user_id, indices in unrecorded.items()
+        ]
+    suspects = rows if deep else as_rows(rows.array[~have_files(folders, rows)])
+    found = read_all(lambda row: _problem(output_dir, row, deep=deep), suspects)
+    problems += [problem for problem in track(found, len(suspects)) if problem]
+    if run_record and run_record.last:
+        problems += _missing(rows, unrecorded, run_record.last.wanted())
+    return sorted(problems)
+
+
+def _record_problems(output_dir: Path, run_record: RunRecord | None) -> Iterator[Problem]:
+    if run_record is None:
+        yield Problem("missing", layout.RECORD_NAME, "the record is gone, and with it what was asked for")
+    sha256 = manifest_sha256(output_dir)
+    if sha256 is None:
+        yield Problem("missing", layout.MANIFEST_NAME, "the manifest is gone")
+    elif run_record and run_record.manifest_sha256 not in (None, sha256):
+        yield Problem("changed", layout.MANIFEST_NAME, "the manifest is not as it was published")
+    if lock_holder(output_dir) is None:
+        for part in layout.part_paths(output_dir):
+            yield Problem("unmerged", part.name, "rows of an interrupted run")
+
+
+def _misleading(output_dir: Path) -> Iterator[Problem]:
+    """Yield what loaders would take for a class or an image, beside the users' folders."""
+    for path in output_dir.iterdir():
+        if path.is_dir() and not layout.is_user_folder(path.name):
+            yield Problem("foreign", path.name, "loaders take every folder for a class")
+        elif not path.is_dir() and layout.is_user_folder(path.name):
+            yield Problem("foreign", path.name, "a file where a user's folder goes")
+        elif path.suffix.lower() in layout.LOADED_SUFFIXES:
+            yield Problem("foreign", path.name, "an image beside the user folders hides all labels from loaders")
+
+
+def _problem_without_row(output_dir: Path, recipe: Recipe | None, user_id: int, image_index: int) -> Problem | None:
+    """Look at a file under an image's name that has no row; None where it is an image of the recipe, or of any job."""
+    name = layout.file_name(user_id, image_index)
+    text = read_text_chunks(output_dir / name)
+    if text is None:
+        return Problem("changed", name, "no row in the manifest, and not a readable PNG")
+    if RUN_CHUNK not in text:
+        return Problem("foreign", name, "not made by a job")
+    if recipe and text[RUN_CHUNK] != recipe.run:
+        return Problem("foreign", name, "made with another model or other settings")
+    if recipe and text != recipe.text_chunks(user_id, image_index):
+        return Problem("changed", name, "it says to be another image")
+    return None
+
+
+def _problem(output_dir: Path, row: Row, *, deep: bool) -> Problem | None:
+    """Look at the file of a row: at its size; `deep`: at its hash, its pixels, and what it says of itself."""
+    path = output_dir / row.file_name
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return Problem("missing", row.file_name, "the file is gone")
+    if size != row.num_bytes:
+        return Problem("changed", row.file_name, f"{size} bytes, its row says {row.num_bytes}")
+    return _problem_inside(path, row) if deep else None
+
+
+def _problem_inside(path: Path, row: Row) -> Problem | None:
+    try:
+        data = path.read_bytes()
+        size, text = decode_png(data)
+    except OSError as error:
+        return Problem("changed", row.file_name, str(error))
+    if hashlib.sha256(data).hexdigest() != row.sha256 or size != (row.width, row.height):
+        return Problem("changed", row.file_name, "its content is not what its row says")
+    said = (text.get("user_id"), text.get("image_index"), text.get("seed"))
+    if said != (str(row.user_id), str(row.image_index), str(row.seed)):
+        return Problem("changed", row.file_name, "it says to be another image")
+    return None
+
+
+def _missing(rows: Rows, unrecorded: Mapping[int, list[int]], wanted: dict[int, int]) -> Iterator[Problem]:
+    """Yield the users of whose images some have neither a row nor a file."""
+    known = num_of_wanted(rows, wanted)
+    for user_id, number in wanted.items():
+        num_known = known[user_id] + sum(index < number for index in unrecorded.get(user_id, ()))
+        if num_known < number:
+            what = f"{number - num_known} of {number} images are not there"
+            yield Problem("missing", f"user_{user_id:02d}", what)
+
+
+def problem_lines(output_dir: Path, problems: list[Problem], *, deep: bool) -> Iterator[str]:
+    """Yield what `userdiff verify` prints: the problems by kind, how they were looked for, and what to do about them."""
+    kinds = Counter(problem.kind for problem in problems)
+    for kind, number in kinds.items():
+        for problem in [problem for problem in problems if problem.kind == kind][:_LISTED]:
+            yield f"{kind:<10}  {problem.name}: {problem.what}"
+        if number > _LISTED:
+            yield f"{kind:<10}  and {number - _LISTED} more"
+    found = count(len(problems), "problem") if problems else "all is well"
+    yield f"{output_dir}: {found} ({'every image read' if deep else 'sizes compared, contents not read'})"
+    for kind in kinds:
+        yield f"What is {kind}: {_REMEDIES[kind]}"
+    if holder := lock_holder(output_dir):
+        yield f"A job is at work here ({holder}): what is missing may be on its way"
