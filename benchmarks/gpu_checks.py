@@ -19,8 +19,8 @@ from PIL import Image
 from benchmarks import checkpoint
 from benchmarks.throughput import ROOT
 from userdiff.config import BUNDLED_CHECKPOINT, parse_args
-from userdiff.dataset import images
-from userdiff.diffusion import generate as computing
+from userdiff.dataset.layout import file_name
+from userdiff.diffusion import generate
 from userdiff.diffusion.acceleration import Compilation
 from userdiff.diffusion.cuda_graph import GraphedUNet
 from userdiff.diffusion.model import DTYPES, JobModel, load_model
@@ -94,7 +94,7 @@ def parity(setting: Setting) -> Rows:
     expected = [oracle_image(BUNDLED_CHECKPOINT, *item, steps=steps).squeeze().astype(int) for item in items]
     for way, process in started.items():
         _finish(process)
-        paths = [setting.folder / f"parity-{way}" / images.file_name(*item) for item in items]
+        paths = [setting.folder / f"parity-{way}" / file_name(*item) for item in items]
         found = np.stack([abs(np.asarray(Image.open(path)) - one) for path, one in zip(paths, expected, strict=True)])
         share = (found == 0).mean()
         yield setting.say(
@@ -117,7 +117,7 @@ def _neighbours(setting: Setting, precision: str) -> Rows:
     batch: list[Item | None] = [(1 + slot % 3, slot) for slot in range(size)]
 
     def compute(model: JobModel, items: Sequence[Item | None]) -> list[NDArray[np.uint8] | None]:
-        batch = computing.start(config, model, items)
+        batch = generate.start(config, model, items)
         batch.wait()
         return [None if pixels is None else pixels.copy() for _, pixels in batch.images()]
 

@@ -13,17 +13,17 @@ from unittest.mock import patch
 
 import torch
 
-from userdiff.cli import generate
-from userdiff.diffusion import generate as computing
+from userdiff import cli
+from userdiff.diffusion import generate
 
 SIDE = 128
 
 
-def instant(config: object, model: object, items: list[object], on_step: object = None) -> computing.Batch:
+def instant(config: object, model: object, items: list[object], on_step: object = None) -> generate.Batch:
     """Give a batch of noise."""
     pixels = torch.randint(0, 256, (len(items), SIDE, SIDE, 3), dtype=torch.uint8)
     finite = torch.ones(len(items), dtype=torch.bool)
-    return computing.Batch(items=items, contradicts_range=torch.tensor(data=False), finite=finite, pixels=pixels)
+    return generate.Batch(items=items, contradicts_range=torch.tensor(data=False), finite=finite, pixels=pixels)
 
 
 def main() -> None:
@@ -36,10 +36,10 @@ def main() -> None:
         for number in (200, 2_000, 20_000):
             subprocess.run([sys.executable, "-m", "benchmarks.memory", "--number", str(number)], check=True)
         return
-    with tempfile.TemporaryDirectory() as folder, patch.object(computing, "start", instant):
+    with tempfile.TemporaryDirectory() as folder, patch.object(generate, "start", instant):
         flags = ["--num_images_per_user", str(args.number // 10), "--output_dir", str(Path(folder) / "out")]
         with open(Path(folder) / "log", "w") as log, patch("sys.stdout", log), patch("sys.stderr", log):
-            status = generate([*flags, "--device", "cpu"])
+            status = cli.generate([*flags, "--device", "cpu"])
     if status:
         sys.exit(f"the job ended with status {status}")
     print(f"| {args.number} | {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} |", flush=True)

@@ -20,10 +20,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from benchmarks.checkpoint import make_checkpoint, model_flags
 from userdiff.cli import generate
-from userdiff.dataset import images
 from userdiff.diffusion import sampler as sampling
 from userdiff.job import run as runner
-from userdiff.job import store as coordination
+from userdiff.job.store import Coordinator
+from userdiff.job.worker import WriterPool
 
 TIMED = {
     "UNet passes": (UNet2DConditionModel, "forward"),
@@ -31,8 +31,8 @@ TIMED = {
     "scheduler steps": (DDIMScheduler, "step"),
     "drawing noise": (sampling, "initial_latents"),
     "pixels to uint8": (sampling, "to_uint8"),
-    "claiming batches": (coordination.Coordinator, "next_batch"),
-    "handing images to the writers": (images.WriterPool, "submit"),
+    "claiming batches": (Coordinator, "next_batch"),
+    "handing images to the writers": (WriterPool, "submit"),
 }
 
 

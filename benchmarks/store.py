@@ -23,13 +23,13 @@ import torch
 from torch.distributed import TCPStore
 
 from userdiff.config import JobConfig, bundled_model
-from userdiff.dataset import images
-from userdiff.diffusion import generate as computing
+from userdiff.dataset.layout import file_name
+from userdiff.diffusion import generate
 from userdiff.job import launcher
-from userdiff.job import run as runner
-from userdiff.job import store as coordination
 from userdiff.job.plan import make_plan
-from userdiff.job.store import Coordinator
+from userdiff.job.store import Coordinator, connect
+from userdiff.job.worker import make_images
+from userdiff.shutdown import Shutdown
 
 BATCH_SIZE = 64
 START_SECONDS = 300  # for all processes, on a busy machine
@@ -50,7 +50,7 @@ def claim(coordinator: Coordinator, number: int, folder: Path) -> None:
 def publish(coordinator: Coordinator, number: int, folder: Path) -> None:
     """Make so many images with the job's own loop, each process those of a user of its own."""
     plan = make_plan([coordinator.process_index + 1], number, BATCH_SIZE)
-    (folder / images.file_name(coordinator.process_index + 1, 0)).parent.mkdir()
+    (folder / file_name(coordinator.process_index + 1, 0)).parent.mkdir()
     numbers = iter(range(len(plan.batches) + 1))
     claim_shared = coordinator.next_batch
 
@@ -59,7 +59,7 @@ def publish(coordinator: Coordinator, number: int, folder: Path) -> None:
         return next(numbers)
 
     def instant(config: object, model: object, items: Sequence[object], on_step: Callable[[], None]) -> object:
-        return computing.Batch(
+        return generate.Batch(
             items=items,
             contradicts_range=torch.tensor(data=False),
             finite=torch.ones(len(items), dtype=torch.bool),
@@ -67,8 +67,8 @@ def publish(coordinator: Coordinator, number: int, folder: Path) -> None:
         )
 
     config = JobConfig(**bundled_model(), output_dir=folder)
-    with patch.object(computing, "start", instant), patch.object(coordinator, "next_batch", next_batch):
-        runner.make_images(config, MODEL, plan, coordinator, on_step=coordinator.check)
+    with patch.object(generate, "start", instant), patch.object(coordinator, "next_batch", next_batch):
+        make_images(config, MODEL, plan, coordinator, compress_level=6, on_step=coordinator.check)
 
 
 WORK = {"claims": (claim, 5_000), "images": (publish, 5_000)}  # by each process
@@ -77,7 +77,7 @@ WORK = {"claims": (claim, 5_000), "images": (publish, 5_000)}  # by each process
 def work(name: str, folder: Path) -> None:
     """Be one process: wait until all are there, work, and tell how long it took."""
     act, number = WORK[name]
-    with coordination.connect() as coordinator:
+    with connect(Shutdown()) as coordinator:
         store = launcher.open_store()
         store.add("ready", 1)
         deadline = time.monotonic() + START_SECONDS

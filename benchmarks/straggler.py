@@ -25,12 +25,13 @@ import torch
 from torch.distributed import TCPStore
 
 from userdiff.config import JobConfig, bundled_model
-from userdiff.dataset import images
-from userdiff.diffusion import generate as computing
+from userdiff.dataset.layout import file_name
+from userdiff.diffusion import generate
 from userdiff.job import launcher
-from userdiff.job import run as runner
-from userdiff.job import store as coordination
 from userdiff.job.plan import Plan, make_plan
+from userdiff.job.store import connect
+from userdiff.job.worker import make_images
+from userdiff.shutdown import Shutdown
 
 BATCH_SIZE = 4
 SLOWNESS = 3
@@ -83,7 +84,7 @@ class Case:
 
 def work(case: Case, output_dir: Path, *, is_static: bool) -> None:
     """Be one process of a case: wait until all are there, make images, and tell when it was done and how many."""
-    with coordination.connect() as coordinator:
+    with connect(Shutdown()) as coordinator:
         index, plan = coordinator.process_index, case.plan()
         store = launcher.open_store()
         made = 0
@@ -92,7 +93,7 @@ def work(case: Case, output_dir: Path, *, is_static: bool) -> None:
             nonlocal made
             time.sleep(case.batch_seconds[index])
             made += 1
-            return computing.Batch(
+            return generate.Batch(
                 items=items,
                 contradicts_range=torch.tensor(data=False),
                 finite=torch.ones(len(items), dtype=torch.bool),
@@ -102,7 +103,7 @@ def work(case: Case, output_dir: Path, *, is_static: bool) -> None:
         store.add("ready", 1)
         wait_for(lambda: int(store.add("ready", 0)) == coordinator.num_processes)
         if coordinator.is_main_process:
-            (output_dir / images.file_name(1, 0)).parent.mkdir(parents=True)
+            (output_dir / file_name(1, 0)).parent.mkdir(parents=True)
             store.set("begun", str(time.monotonic()))
             coordinator.publish_plan(MODEL.run, {}, plan.to_bytes())
         coordinator.receive_plan()
@@ -111,8 +112,8 @@ def work(case: Case, output_dir: Path, *, is_static: bool) -> None:
             own = iter([*range(index, case.num_batches, coordinator.num_processes), case.num_batches])
             coordinator.next_batch = own.__next__  # type: ignore[method-assign]
         config = JobConfig(**bundled_model(), output_dir=output_dir)
-        with patch.object(computing, "start", sleep):
-            runner.make_images(config, MODEL, plan, coordinator, on_step=coordinator.check)
+        with patch.object(generate, "start", sleep):
+            make_images(config, MODEL, plan, coordinator, compress_level=6, on_step=coordinator.check)
         coordinator.finish()
         seconds = time.monotonic() - float(store.get("begun"))
         store.set(f"ended/{index}", f"{seconds} {made}")

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-
 from userdiff.dataset.images import WriterPool, encode_png, publish
 
 TEXT = {"userdiff_run": "0" * 64, "user_id": "1", "image_index": "0", "seed": "0"}

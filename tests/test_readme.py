@@ -49,9 +49,14 @@ def test_ci_runs_the_readmes_test_command():
     assert "\nmake test\n" in README
 
 
-def test_the_layout_names_every_module():
-    modules = {path.stem for path in (ROOT / "userdiff").glob("*.py")} - {"__init__", "__main__"}
-    assert set(re.findall(r"^\| `(\w+)` \|", CONTRIBUTING, re.MULTILINE)) == modules
+def test_contributing_names_what_is_there():
+    """Every path, folder and `module.function` that the drawing and the tour name."""
+    drawn = CONTRIBUTING[CONTRIBUTING.index("## The house") : CONTRIBUTING.index("## Tests")]
+    folders = {path.parent.name for path in (ROOT / "userdiff").glob("*/__init__.py")}
+    assert folders <= set(re.findall(r"\b(\w+)/", drawn))
+    for path, function in re.findall(r"`(\w+/\w+\.py|\w+\.py)`, `(\w+)", drawn):
+        source = (ROOT / "userdiff" / path).read_text()
+        assert re.search(rf"^ *(def|class) {function}\b", source, re.MULTILINE), (path, function)
 
 
 def test_every_dependency_is_pinned():
