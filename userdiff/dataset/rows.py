@@ -75,9 +75,8 @@ ROW = np.dtype(
     ]
 )
 """A row in 60 bytes. A row with a number too large for its field is not a job's."""
-_COLUMNS_TO_MOVE = np.dtype(
-    [*ROW.descr[:-1], ("sha256_0", "V16"), ("sha256_1", "V16")]
-)  # a copy of one is what it takes
+# The hash in halves: rows are moved column by column, and a copy of the widest column is what that takes.
+_COLUMNS_TO_MOVE = np.dtype([*ROW.descr[:-1], ("sha256_0", "V16"), ("sha256_1", "V16")])
 _MAX_USER_ID, _MAX_4, _MAX_2 = 10**18 - 1, 2**32 - 1, 2**16 - 1  # what the fields hold
 _CLAIMED = int(Trust.CLAIMED)
 
