@@ -23,7 +23,7 @@ from benchmarks.checkpoint import EMBED_DIM, LATENTS, NUM_USERS, model_flags
 from userdiff import UserConditionEncoder
 from userdiff.config import DEFAULT_COMPRESS_LEVEL, parse_args
 from userdiff.diffusion import checkpoint as models
-from userdiff.diffusion.acceleration import token_vectors
+from userdiff.diffusion.acceleration import memory_format, token_vectors
 from userdiff.diffusion.conditioning import load_condition_encoder
 from userdiff.diffusion.model import DTYPES, load_model
 from userdiff.diffusion.sampler import DECODED_AT_ONCE
@@ -126,6 +126,7 @@ def job(args: argparse.Namespace) -> Commands:
     config = parse_args([*flags, "--num_inference_steps", str(args.num_inference_steps)])
     runner.set_kernels(allow_tf32=False)
     model = load_model(config, torch.device(args.device), args.mixed_precision, runner.compilation())
+    layout = memory_format(model.device, runner.compilation())
     size = args.batch_size
     at_once = min(DECODED_AT_ONCE[args.device], size)
     users = torch.arange(size, device=args.device) % NUM_USERS
@@ -135,7 +136,7 @@ def job(args: argparse.Namespace) -> Commands:
 
     @torch.inference_mode()
     def passes() -> int:
-        noise = torch.randn(size, 4, LATENTS, LATENTS, device=args.device).contiguous(memory_format=model.memory_format)
+        noise = torch.randn(size, 4, LATENTS, LATENTS, device=args.device).contiguous(memory_format=layout)
         timesteps = 999 - torch.arange(args.num_inference_steps, device=args.device)
         vectors = token_vectors(model.unet, model.condition_encoder(users).unsqueeze(1)).to(dtypes[0])
         for timestep in timesteps:

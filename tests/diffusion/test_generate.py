@@ -25,7 +25,7 @@ def job(checkpoint, tmp_path):
 @pytest.fixture
 def memory(monkeypatch):
     """Let batches above a size fail; those below leave so many bytes free."""
-    start = generate._start
+    start = generate._compute
 
     def limit(largest, error, free_bytes=lambda size: 2**40):
         last = []
@@ -36,8 +36,10 @@ def memory(monkeypatch):
                 raise error
             return start(config, model, items, *args)
 
-        monkeypatch.setattr(generate, "_start", limited)
-        monkeypatch.setattr(generate, "free_memory", lambda device: free_bytes(*last))
+        monkeypatch.setattr(generate, "_compute", limited)
+        monkeypatch.setattr(gpu_errors, "free_memory", lambda device: free_bytes(*last))
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
 
     return limit
 
@@ -116,7 +118,7 @@ def test_what_a_try_that_failed_held_counts_against_no_other(job, monkeypatch):
             raise TOO_SMALL["torch's"]
         return SimpleNamespace(wait=lambda: None)
 
-    monkeypatch.setattr(generate, "_start", start)
+    monkeypatch.setattr(generate, "_compute", start)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 0))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
@@ -189,8 +191,8 @@ def test_a_card_that_fails_later_is_too(job, monkeypatch, capsys):
         def query(self):
             raise RuntimeError("CUDA error: unspecified launch failure\nmore")
 
-    start = generate._start
-    monkeypatch.setattr(generate, "_start", lambda *args: replace(start(*args), arrival=Event()))
+    start = generate._compute
+    monkeypatch.setattr(generate, "_compute", lambda *args: replace(start(*args), arrival=Event()))
     assert run_job(*job, "--batch_size", 2) == 1
     line = error_line(capsys)
     assert line.startswith(
@@ -205,7 +207,7 @@ def test_a_fault_of_ours_is_not_taken_for_the_cards(job, memory):
 
 
 def test_failed_is_what_a_gpu_error_becomes():
-    with pytest.raises(Failed) as raised, gpu_errors.gpu_errors():
+    with pytest.raises(Failed) as raised, gpu_errors.as_failed():
         raise RuntimeError("CUDA error: device-side assert triggered")
     assert raised.value.exit_status == 1
     assert isinstance(raised.value.__cause__, RuntimeError)

@@ -207,7 +207,7 @@ def test_a_batch_neither_mixes_devices_nor_waits(
     gpu.is_watching = True
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: way == "compiled")
     steps = []
-    batch = generate._start(config, model, [(1, 0), None, (3, 7)], lambda: steps.append(gpu.num_uploads))
+    batch = generate._compute(config, model, [(1, 0), None, (3, 7)], lambda: steps.append(gpu.num_uploads))
 
     assert isinstance(model.unet, GraphedUNet)
     assert {tensor.device for tensor in (*model.unet.parameters(), *model.vae.parameters())} == {GPU}

@@ -61,9 +61,8 @@ def _record(unet: nn.Module, given: tuple[Tensor, ...]) -> _Recording:
         inputs = tuple(tensor.clone() for tensor in given)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(
-            stream
-        ):  # what is made at a first pass, compiled kernels above all, is not to be recorded
+        with torch.cuda.stream(stream):
+            # The first pass compiles kernels and allocates workspaces, which must not be recorded.
             unet(*inputs, return_dict=False)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

@@ -1,15 +1,17 @@
-"""What a GPU's libraries raise, made into a line; and memory that is too small, in all its wordings."""
+"""GPUs that fail or are full: what their libraries raise, and the batch size that fits into their memory."""
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from userdiff.shutdown import Failed
 
-HEADROOM = 2**30  # bytes that a GPU should have free: with less, cuDNN may take another kernel, and round otherwise
+HEADROOM = 2**30
+"""Bytes that a GPU should have free. With less, cuDNN may silently take another kernel, which rounds otherwise."""
 
-_OUT_OF_MEMORY = (  # in the words of torch on a CPU, the runtimes of CUDA and HIP and Triton, cuBLAS, cuDNN
+_OUT_OF_MEMORY = (  # in the words of torch on a CPU; of CUDA, HIP and Triton; of cuBLAS; of cuDNN
     "DefaultCPUAllocator",
     "out of memory",
     "STATUS_ALLOC_FAILED",
@@ -29,8 +31,11 @@ _GPU_ERROR = (
 
 
 @contextmanager
-def gpu_errors(too_small: str = "") -> Iterator[None]:
-    """Turn what a GPU's libraries raise into Failed; a lack of memory only where `too_small` says what does not fit."""
+def as_failed(too_small: str = "") -> Iterator[None]:
+    """Turn what a GPU's libraries raise into Failed, one line. Other errors pass through.
+
+    too_small: what to say where memory is too small; by default, that error passes through too.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -44,7 +49,10 @@ def gpu_errors(too_small: str = "") -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether memory was too small, by the error or by one it came of, as when a CUDA graph was recorded."""
+    """Return whether an error, or one that caused it, says that memory was too small.
+
+    The cause alone says so where a CUDA graph was being recorded.
+    """
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(of in str(error) for of in _OUT_OF_MEMORY):
             return True
@@ -53,10 +61,37 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type."""
+    """Return the first line of an error's text, or its class where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that a GPU has free, whoever else uses it; None for a CPU."""
+    """Return the bytes that a GPU has free, whoever uses the rest; None for a CPU."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
+def fitting_batch_size(compute: Callable[[int], None], too_large: int, device: torch.device) -> int | None:
+    """Return the largest of too_large / 2, / 4, ... that fits into a device's memory; None if not even 1 does.
+
+    compute: computes so many images, and returns when they are done.
+    On a GPU, more than one image must leave HEADROOM beside the memory that a recording of the passes would keep.
+    """
+    size = too_large
+    while size := size // 2:
+        gc.collect()
+        try:
+            torch.cuda.empty_cache()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)  # else the peak would be that of the size that failed
+            compute(size)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            continue
+        free = free_memory(device)
+        if free is None or size == 1:
+            return size
+        recorded = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        if free - recorded >= HEADROOM:
+            return size
+    return None

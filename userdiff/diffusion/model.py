@@ -44,8 +44,6 @@ class JobModel:
     device: torch.device
     compiled: str
     """How the models are compiled: `inductor`, for instance; `no` where they are not."""
-    memory_format: torch.memory_format
-    """The layout of the weights and of the latents."""
     identity: dict[str, Any]
     """What decides the pixels; see `userdiff.identity`."""
 
@@ -118,7 +116,6 @@ def load_model(
         conditioning=trained,
         device=device,
         compiled=str(compilation or "no"),
-        memory_format=memory_format,
         identity=_identity(config, contents, precision, vae_precision, trained),
     )
 

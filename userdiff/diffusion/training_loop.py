@@ -11,7 +11,6 @@ from userdiff.diffusion.checkpoint import ddim_scheduler
 from userdiff.diffusion.conditioning import UserConditionEncoder
 from userdiff.diffusion.generate import sample
 from userdiff.diffusion.sampler import to_uint8
-from userdiff.seeds import item_seed
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -45,10 +44,10 @@ def generate_samples(
     global generators alone.
     """
     num_users = condition_encoder.user_embedding.num_embeddings
-    row = {user_id: user_id - 1 for user_id in range(1, num_users + 1)} if user_index is None else user_index
-    unknown = [user_id for user_id in user_ids if user_id not in row]
+    rows = {user_id: user_id - 1 for user_id in range(1, num_users + 1)} if user_index is None else user_index
+    unknown = [user_id for user_id in user_ids if user_id not in rows]
     if unknown or not user_ids:
-        raise ValueError(f"user_ids: {unknown or 'none'} given, this model has users {sorted(row)}")
+        raise ValueError(f"user_ids: {unknown or 'none'} given, this model has users {sorted(rows)}")
     scheduler = ddim_scheduler(noise_scheduler)
     items = [(user_id, image_index) for user_id in user_ids for image_index in range(num_images_per_user)]
     batch_size = min(batch_size, len(items))
@@ -56,18 +55,17 @@ def generate_samples(
     with _eval_mode(unet, condition_encoder, vae):
         for start in range(0, len(items), batch_size):
             batch = items[start : start + batch_size]
-            padding = [0] * (batch_size - len(batch))
             sampled = sample(
                 unet,
-                condition_encoder,
                 vae,
+                condition_encoder,
                 scheduler,
-                [item_seed(seed, *item) for item in batch] + padding,
-                [row[user_id] for user_id, _ in batch] + padding,
+                [*batch, *[None] * (batch_size - len(batch))],
+                user_index=rows,
+                seed=seed,
                 num_inference_steps=num_inference_steps,
                 eta=eta,
                 output_range=vae_output_range,
-                device=next(unet.parameters()).device,
             )
             images.append(to_uint8(sampled[: len(batch)]).cpu())
     return torch.cat(images)

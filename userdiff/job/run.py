@@ -26,8 +26,8 @@ from userdiff.dataset.recipe import Recipe
 from userdiff.dataset.rows import Rows
 from userdiff.dataset.run_record import RunRecord, changed_numerics
 from userdiff.dataset.scan import Finished, find_finished
+from userdiff.diffusion import gpu_errors
 from userdiff.diffusion.acceleration import Compilation
-from userdiff.diffusion.gpu_errors import gpu_errors
 from userdiff.diffusion.model import JobModel, has_bf16, load_model
 from userdiff.job import console, launcher, output_folder, shared_folder, store
 from userdiff.job.plan import Plan, make_plan
@@ -53,7 +53,7 @@ def run(config: JobConfig, shutdown: Shutdown) -> int:
                 shared_folder.look_meanwhile(config.output_dir, coordinator)
             set_kernels(config.allow_tf32)
             try:
-                with gpu_errors(f"the models do not fit into the memory that {device} has free"):
+                with gpu_errors.as_failed(f"the models do not fit into the memory that {device} has free"):
                     _look_at_gpus(config, device, coordinator)
                     precision = _precision(config, device, coordinator)
                     model = load_model(config, device, precision, compilation())
