@@ -21,7 +21,26 @@ DEFAULT_COMPRESS_LEVEL = 6
 MAX_SEED = 2**63 - 1
 MAX_USER_ID = 10**18 - 1
 MAX_IMAGES_PER_USER = 2**32  # image seeds are one to one within a user up to here
-MODEL_FLAGS = ("vae_path", "unet_path", "condition_encoder_path", "num_users")
+MODEL_FLAGS = ("vae_path", "unet_path", "condition_encoder_path")
+_USERS_FLAGS = ("train_user_ids", "train_data_dir", "user_map")  # each says alone which row a user has
+_OTHER_NAMES = {  # flags of the scripts such models are trained and sampled with -> ours
+    "checkpoint": "unet_path",
+    "class_ids": "user_ids",
+    "data_dir": "train_data_dir",
+    "data_root": "train_data_dir",
+    "dataset_dir": "train_data_dir",
+    "ddim_steps": "num_inference_steps",
+    "images_per_user": "num_images_per_user",
+    "num_images": "num_images_per_user",
+    "num_samples": "num_images_per_user",
+    "num_steps": "num_inference_steps",
+    "out_dir": "output_dir",
+    "resolution": "sample_size",
+    "save_dir": "output_dir",
+    "train_dir": "train_data_dir",
+    "users": "user_ids",
+    "vae_checkpoint": "vae_path",
+}
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DASHES = "-\N{EN DASH}\N{EM DASH}"  # what a word processor makes of two hyphens, too
@@ -124,18 +143,27 @@ class JobConfig:
         _MODEL, "diffusers folder of the AutoencoderKL, or one holding it as vae/ (default: bundled demo)", type=path
     )
     unet_path: Path = _flag(
-        _MODEL, "diffusers folder of the UNet2DConditionModel, or one holding it as unet/ (default: bundled demo)",
+        _MODEL, "diffusers folder of the UNet2DConditionModel, or one holding it as unet/; or a file of its weights "
+        "(default: bundled demo)",
         type=path,
     )  # fmt: skip
     condition_encoder_path: Path = _flag(
         _MODEL, "file (.pt, .safetensors), or folder with condition_encoder.pt or .safetensors (default: bundled demo)",
         type=path,
     )  # fmt: skip
-    num_users: int = _flag(
-        _MODEL, "rows of the user embedding table (required with your own model paths)", type=whole_number, metavar="N"
+    num_users: int | None = _flag(
+        _MODEL,
+        "rows of the user embedding table (default: what the weights have)",
+        None,
+        type=whole_number,
+        metavar="N",
+    )
+    unet_config: Path | None = _flag(
+        _MODEL, "config.json of the UNet, or its folder (default: beside the weights)", None, type=path
     )
     scheduler_path: Path | None = _flag(
-        _MODEL, "folder with the scheduler_config.json of training (default: scaled_linear 0.00085-0.012, epsilon)",
+        _MODEL, "folder with the scheduler_config.json of training (default: the one beside the UNet, else "
+        "scaled_linear 0.00085-0.012, epsilon)",
         None, type=path,
     )  # fmt: skip
     train_user_ids: tuple[int, ...] | None = _flag(
@@ -143,9 +171,27 @@ class JobConfig:
         "among them (default: the row is id - 1)",
         None, type=id_range, nargs="+", action="extend", metavar="ID",
     )  # fmt: skip
+    train_data_dir: Path | None = _flag(
+        _MODEL, "folder of training images whose folders, ID_17, user_17 or 17, name those ids; instead of --train_user_ids "
+        "(default: none)",
+        None, type=path,
+    )  # fmt: skip
     user_map: Path | None = _flag(
         _MODEL, 'JSON file of user id to row in the table, {"17": 0, "23": 1}; instead of --train_user_ids (default: none)',
         None, type=path,
+    )  # fmt: skip
+    null_row: int | None = _flag(
+        _MODEL, "row of the table that is no user's, as trainers with a null condition have one; the others are counted "
+        "without it (default: none)",
+        None, type=whole_number, metavar="N",
+    )  # fmt: skip
+    sample_size: tuple[int, ...] | None = _flag(
+        _MODEL, "side of the latents, or height and width (default: sample_size in the UNet's config.json)",
+        None, type=natural_number, nargs="+", metavar="N",
+    )  # fmt: skip
+    scaling_factor: float | None = _flag(
+        _MODEL, "what latents were multiplied by in training, 1 if by nothing (default: the VAE's config.json)",
+        None, type=number,
     )  # fmt: skip
     vae_output_range: str = _flag(
         _MODEL, "the pixel range the VAE was trained on: unit = [0, 1], signed = [-1, 1] (default: %(default)s)",
@@ -214,7 +260,14 @@ class JobConfig:
         self._check_choices()
         self._check_ids("user_ids", self.user_ids)
         self._check_ids("train_user_ids", self.train_user_ids)
-        self._check_range("num_users", self.num_users, 1, MAX_USERS)
+        if self.num_users is not None:
+            self._check_range("num_users", self.num_users, 1, MAX_USERS)
+        if self.null_row is not None:
+            self._check_range("null_row", self.null_row, 0, (self.num_users or MAX_USERS) - 1)
+        if self.sample_size is not None and len(self.sample_size) > 2:
+            raise UsageError(f"--sample_size: {len(self.sample_size)} numbers, needed: one, or height and width")
+        if self.scaling_factor is not None and not 0 < self.scaling_factor < float("inf"):
+            raise UsageError(f"--scaling_factor: {self.scaling_factor} is out of range, needed: a number above 0")
         self._check_range("num_images_per_user", self.num_images_per_user, 1, MAX_IMAGES_PER_USER)
         self._check_range("num_inference_steps", self.num_inference_steps, 1, 10**6)
         self._check_range("seed", self.seed, 0, MAX_SEED)
@@ -223,13 +276,10 @@ class JobConfig:
             self._check_range("batch_size", self.batch_size, 1, 2**16)
         if self.png_compress_level is not None:
             self._check_range("png_compress_level", self.png_compress_level, 0, 9)
-        if self.train_user_ids and self.user_map:
+        given = [name for name in _USERS_FLAGS if getattr(self, name) is not None]
+        if len(given) > 1:
             raise UsageError(
-                f"--user_map: {self.user_map} goes without --train_user_ids, both say which row a user has"
-            )
-        if self.train_user_ids and len(self.train_user_ids) > self.num_users:
-            raise UsageError(
-                f"--train_user_ids: {len(self.train_user_ids)} ids, but --num_users {self.num_users} has fewer rows"
+                f"--{given[1]}: {getattr(self, given[1])} goes without --{given[0]}, both say which row a user has"
             )
         self._check_output_dir()
 
@@ -269,8 +319,8 @@ class JobConfig:
             raise UsageError(f"--{name}: names no user")
         seen: set[int] = set()
         for user_id in ids:
-            if user_id < 1:
-                raise UsageError(f"--{name}: {user_id} is out of range, user ids start at 1")
+            if user_id < 0:
+                raise UsageError(f"--{name}: {user_id} is out of range, user ids start at 0")
             if user_id > MAX_USER_ID:
                 raise UsageError(f"--{name}: {user_id} is out of range, user ids end at {MAX_USER_ID}")
             if user_id in seen:
@@ -336,6 +386,8 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "batch_generate.py
     for name in ("user_ids", "train_user_ids"):
         if values[name] is not None:
             values[name] = tuple(user_id for ids in values[name] for user_id in ids)
+    if values["sample_size"] is not None:
+        values["sample_size"] = tuple(values["sample_size"])
     return JobConfig(**_with_model(values))
 
 
@@ -345,15 +397,17 @@ def _no_such_flag(token: str) -> str:
     if flag.strip(_DASHES) == flag:
         return f"{token!r}: no flag takes it; --help lists them"
     typed = flag.strip(_DASHES).replace("-", "_").lower()
+    if typed in _OTHER_NAMES:
+        return f"{flag}: no such flag; here it is --{_OTHER_NAMES[typed]}"
     names = [declared.name for declared in dataclasses.fields(JobConfig)]
     meant = [name for name in names if typed and name.startswith(typed)] or difflib.get_close_matches(typed, names, n=1)
     return f"{flag}: no such flag; " + (f"did you mean --{meant[0]}?" if meant else "--help lists them")
 
 
 def _with_model(values: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the bundled model where no path is given; with some of the four given and some not, say which."""
+    """Fill in the bundled model where no path is given; with some of the three given and some not, say which."""
     missing = [name for name in MODEL_FLAGS if values[name] is None]
-    if {*missing, "num_users"} == set(MODEL_FLAGS):  # no path
+    if missing == list(MODEL_FLAGS):
         if values["num_users"] not in (None, BUNDLED_NUM_USERS):
             raise UsageError(
                 f"--num_users: {values['num_users']} without model paths; the bundled checkpoint has "

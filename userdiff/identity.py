@@ -12,10 +12,12 @@ OPTION_DEFAULTS = {
     "vae_precision": "default",
     "vae_output_range": "unit",
     "conditioning": "trained",
+    "latents": "scaled",
 }
 """An option at its default is left out of the identity, so that a new option changes no old dataset's hash.
 
-`vae_precision` differs from its default only where fp16 has the VAE run in bf16.
+`vae_precision` differs from its default only where fp16 has the VAE run in bf16, `latents` only where the VAE's config
+has a shift_factor, or latents_mean and latents_std.
 """
 _BRIEF = 12  # characters of a value in a message
 _LISTED = 3  # changed fields that are named of one mapping, such as the users'

@@ -28,7 +28,7 @@ def id_range(text: str) -> range:
     first, dash, last = text.partition("-")
     if not first.isdecimal() or (dash and not last.isdecimal()) or max(len(first), len(last)) > _MAX_DIGITS:
         hint = f"; with spaces: {' '.join(text.split(','))}" * ("," in text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not an id (5) or a range of ids (10-15), ids start at 1{hint}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an id (5) or a range of ids (10-15){hint}")
     ids = range(int(first), int(last or first) + 1)
     if ids.start >= ids.stop:
         raise argparse.ArgumentTypeError(f"{text!r} runs backwards, write {last}-{first}")

@@ -30,7 +30,7 @@ def parse_file_name(name: str) -> tuple[int, int] | None:
     """Return the (user_id, image_index) of an image's relative path; None where no job gives an image that name."""
     folder, _, file = name.partition("/")
     user_id, image_index = parse_user_folder(folder), parse_image(file)
-    return (user_id, image_index) if user_id and image_index is not None else None
+    return (user_id, image_index) if user_id is not None and image_index is not None else None
 
 
 def is_user_folder(name: str) -> bool:
@@ -38,11 +38,10 @@ def is_user_folder(name: str) -> bool:
     return _USER_FOLDER.fullmatch(name) is not None
 
 
-def parse_user_folder(name: str) -> int:
-    """Return the user id of a folder's name; 0 where no job gives a folder that name, as `user_007`."""
+def parse_user_folder(name: str) -> int | None:
+    """Return the user id of a folder's name; None where no job gives a folder that name, as `user_007`."""
     match = _USER_FOLDER.fullmatch(name)
-    user_id = int(match[1]) if match else 0
-    return user_id if name == f"user_{user_id:02d}" else 0
+    return int(match[1]) if match and name == f"user_{int(match[1]):02d}" else None
 
 
 def parse_image(name: str) -> int | None:

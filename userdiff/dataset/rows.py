@@ -98,7 +98,7 @@ def _parse(line: str) -> tuple[Any, ...] | None:
     is_as_written = (
         name == file_name(user_id, index) and fields[1:] == numbers and line[-1:] == "\n" and "-" not in line
     )
-    is_whole = len(digest) == 32 and conditioning in _CONDITIONINGS and user_id >= 1
+    is_whole = len(digest) == 32 and conditioning in _CONDITIONINGS
     fits = user_id <= _MAX_USER_ID and index <= _MAX_4 and seed <= _MAX_4 and size[2] <= _MAX_4
     if not (is_as_written and is_whole and fits and steps <= _MAX_2 and size[0] <= _MAX_2 and size[1] <= _MAX_2):
         return None

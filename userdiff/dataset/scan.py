@@ -36,7 +36,7 @@ class UserFolder(NamedTuple):
 
     name: str
     user_id: int
-    """0 where no job gives a folder that name."""
+    """-1 where no job gives a folder that name."""
     image_indices: NDArray[np.uint32]
     """[number] of the files under an image's name, ascending."""
     num_bytes: NDArray[np.uint32]
@@ -57,10 +57,11 @@ class UserFolder(NamedTuple):
 def user_folders(output_dir: Path) -> Iterator[UserFolder]:
     """Look through the users' folders, in the order of their names, at the name and size of every file."""
     for folder in layout.user_folders(output_dir):
-        user_id, images, foreign = layout.parse_user_folder(folder.name), array("Q"), []
+        user_id = layout.parse_user_folder(folder.name)
+        images, foreign = array("Q"), list[str]()
         with os.scandir(folder) as entries:
             for entry in entries:
-                image_index = layout.parse_image(entry.name) if user_id else None
+                image_index = layout.parse_image(entry.name) if user_id is not None else None
                 try:
                     if image_index is not None and entry.is_file():
                         images.extend((image_index, min(entry.stat().st_size, MAX_BYTES)))
@@ -70,7 +71,7 @@ def user_folders(output_dir: Path) -> Iterator[UserFolder]:
                     continue
         table = np.frombuffer(images, np.uint64).astype(np.uint32).reshape(-1, 2)
         image_indices, num_bytes = table[np.argsort(table[:, 0])].T.copy()
-        yield UserFolder(folder.name, user_id, image_indices, num_bytes, sorted(foreign))
+        yield UserFolder(folder.name, -1 if user_id is None else user_id, image_indices, num_bytes, sorted(foreign))
 
 
 def have_files(folders: Iterable[UserFolder], rows: Rows) -> NDArray[np.bool_]:

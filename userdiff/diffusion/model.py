@@ -1,7 +1,9 @@
 """A job's models as its flags name them: loaded, checked against each other, on their device, and identified."""
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +18,13 @@ from userdiff.diffusion.conditioning import (
     UserConditionEncoder,
     load_condition_encoder,
     random_condition_encoder,
+    user_ids_of_folders,
     user_index_map,
 )
 from userdiff.diffusion.cuda_graph import GraphedUNet
-from userdiff.diffusion.sampler import latents_shape
-from userdiff.identity import identity_hash, make_identity
-from userdiff.text import format_ids
+from userdiff.diffusion.sampler import check_steps_finite, check_timesteps, latents_shape
+from userdiff.identity import OPTION_DEFAULTS, describe_differences, identity_hash, make_identity
+from userdiff.text import count, format_ids
 
 MAX_JOB_IMAGES = 10**8  # the plan of so many takes gigabytes
 _CPU = torch.device("cpu")
@@ -46,13 +49,25 @@ class JobModel:
     """How the models are compiled: `inductor`, for instance; `no` where they are not."""
     identity: dict[str, Any]
     """What decides the pixels; see `userdiff.identity`."""
+    schedule: Path | None
+    """Where the noise schedule was read; None for the training default."""
+    notes: tuple[str, ...] = ()
+    """Which files were chosen where others lie beside them, a line each."""
+    warnings: tuple[str, ...] = ()
+    """What in the files contradicts itself, a line each."""
 
     @property
     def uncompressed_bytes(self) -> int:
         """The size of one image, a byte a value."""
+        height, width, channels = self.image_shape
+        return height * width * channels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The height, width and channels of an image."""
         _, height, width = latents_shape(self.unet)
-        enlargement = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return int(height * width * enlargement**2 * self.vae.config.out_channels)
+        times = models.enlargement(self.vae)
+        return height * times, width * times, self.vae.config.out_channels
 
     @property
     def device_name(self) -> str:
@@ -83,20 +98,33 @@ def load_model(
 
     precision: `no` (float32), `fp16` or `bf16`.
     """
-    user_index = _user_index(config)
     _check_precision(precision, device)
     if compilation:
         with errors_of("--dynamo_backend"):
             compilation.check(device)
-    with errors_of("--scheduler_path"):
-        scheduler = models.ddim_scheduler(models.load_noise_scheduler(config.scheduler_path))
-    _check_steps(config.num_inference_steps, scheduler)
+    notes: list[str] = []
+    warnings: list[str] = []
     with errors_of("--vae_path"):
-        vae = models.load_vae(config.vae_path)
+        vae = models.load_vae(config.vae_path, notes.append)
     with errors_of("--unet_path"):
-        unet = models.load_unet(config.unet_path)
+        unet = models.load_unet(config.unet_path, config.unet_config, notes.append)
+        if config.sample_size:
+            side, *rest = config.sample_size
+            unet.register_to_config(sample_size=[side, *rest] if rest else side)
+        elif other := models.other_sample_size(vae, unet):
+            warnings.append(_contradicting_sizes(vae, unet, other))
+        if config.scaling_factor:
+            vae.register_to_config(scaling_factor=config.scaling_factor)
         models.check_agreement(vae, unet)
-    encoder, trained = _load_condition_encoder(config, unet.config.cross_attention_dim)
+    with errors_of("--scheduler_path"):
+        schedule = config.scheduler_path or models.schedule_beside(config.unet_path)
+        scheduler = models.ddim_scheduler(models.load_noise_scheduler(schedule))
+    with errors_of("--num_inference_steps"):
+        check_timesteps(scheduler, config.num_inference_steps)
+    with errors_of("--scheduler_path"):
+        check_steps_finite(scheduler, config.num_inference_steps, config.eta)
+    encoder, trained = _load_condition_encoder(config, unet.config.cross_attention_dim, notes.append)
+    user_index = _user_index(config, encoder.user_embedding.num_embeddings, warnings.append)
     contents = {
         "vae": {"weights": models.content_hash(vae.state_dict()), "config": models.config_values(vae)},
         "unet": {"weights": models.content_hash(unet.state_dict()), "config": models.config_values(unet)},
@@ -116,22 +144,55 @@ def load_model(
         conditioning=trained,
         device=device,
         compiled=str(compilation or "no"),
-        identity=_identity(config, contents, precision, vae_precision, trained),
+        identity=_identity(config, contents, precision, vae_precision, trained, models.shifts_latents(vae)),
+        schedule=schedule,
+        notes=tuple(notes),
+        warnings=tuple(warnings),
     )
 
 
+def check_config(model: JobModel, config: JobConfig) -> None:
+    """Raise ValueError where a model's identity says other sampling settings than these: its images would be others."""
+    required = {**model.identity, "seed": config.seed, "num_inference_steps": config.num_inference_steps}
+    asked = {**_sampling_options(config), "mixed_precision": config.mixed_precision}
+    options = {name: model.identity.get(name, default) for name, default in OPTION_DEFAULTS.items()}
+    options |= {name: value for name, value in asked.items() if value is not None}
+    identity = make_identity({name: required[name] for name in required.keys() - OPTION_DEFAULTS.keys()}, options)
+    if identity != model.identity:
+        changed = describe_differences(model.identity, identity)
+        raise ValueError(f"config: the model was loaded with other settings ({changed}), needed: load_model(config)")
+
+
 def _identity(
-    config: JobConfig, contents: dict[str, Any], precision: str, vae_precision: str, conditioning: str
+    config: JobConfig,
+    contents: dict[str, Any],
+    precision: str,
+    vae_precision: str,
+    conditioning: str,
+    shifts_latents: bool,
 ) -> dict[str, Any]:
     required = {**contents, "seed": config.seed, "num_inference_steps": config.num_inference_steps}
     options = {
-        "eta": float(config.eta),
+        **_sampling_options(config),
         "mixed_precision": precision,
         "vae_precision": "bf16" if (precision, vae_precision) == ("fp16", "bf16") else "default",
-        "vae_output_range": config.vae_output_range,
         "conditioning": conditioning,
+        "latents": "shifted" if shifts_latents else "scaled",
     }
     return make_identity(required, options)
+
+
+def _sampling_options(config: JobConfig) -> dict[str, Any]:
+    return {"eta": float(config.eta), "vae_output_range": config.vae_output_range}
+
+
+def _contradicting_sizes(vae: AutoencoderKL, unet: UNet2DConditionModel, other: int) -> str:
+    size, times = unet.config.sample_size, models.enlargement(vae)
+    made = f"{size * times} pixels" if isinstance(size, int) else "images"
+    return (
+        f"the UNet's sample_size {size} makes {made}, the VAE's own sample_size is {vae.config.sample_size}; "
+        f"--sample_size {other} makes what the VAE was trained on, --sample_size with the UNet's says that it is right"
+    )
 
 
 def _vae_precision(vae: AutoencoderKL, device: torch.device, precision: str) -> str:
@@ -150,13 +211,38 @@ def _place(module: torch.nn.Module, device: torch.device, precision: str, memory
     return to(module, device, DTYPES[precision], memory_format=memory_format)
 
 
-def _user_index(config: JobConfig) -> dict[int, int]:
+def _user_index(config: JobConfig, num_rows: int, on_warning: Callable[[str], None]) -> dict[int, int]:
+    """Return the row of every user; raises UsageError for users that are asked for and have none."""
+    num_user_rows = num_rows - (config.null_row is not None)
+    if config.null_row is not None and config.null_row >= num_rows:
+        raise UsageError(f"--null_row: {config.null_row} is out of range, the table has rows 0 to {num_rows - 1}")
+    train_user_ids = config.train_user_ids
+    if config.train_data_dir is not None:
+        with errors_of("--train_data_dir"):
+            train_user_ids = user_ids_of_folders(config.train_data_dir)
+            if len(train_user_ids) != num_user_rows:
+                raise ValueError(
+                    f"{config.train_data_dir} has folders of {count(len(train_user_ids), 'user')}, the table has rows for "
+                    f"{num_user_rows}; needed: the folders the model was trained on, all of them"
+                )
+    if train_user_ids and len(train_user_ids) > num_user_rows:
+        raise UsageError(f"--train_user_ids: {len(train_user_ids)} ids, but the table has rows for {num_user_rows}")
+    if train_user_ids and len(train_user_ids) < num_user_rows:
+        on_warning(
+            f"--train_user_ids names {len(train_user_ids)} users, the table has {num_user_rows} rows; a missing id shifts the "
+            "rows of all after it"
+        )
     with errors_of("--user_map"):
-        user_index = user_index_map(config.num_users, config.train_user_ids, config.user_map)
+        user_index = user_index_map(num_rows, train_user_ids, config.user_map, config.null_row)
     unknown = [user_id for user_id in config.user_ids or () if user_id not in user_index]
     if unknown:
+        is_plain = train_user_ids is None and config.user_map is None
+        gaps = (
+            "; ids with gaps have other rows than id - 1: --train_user_ids, --train_data_dir or --user_map says which"
+        )
         raise UsageError(
             f"--user_ids: {format_ids(unknown)} is out of range, this checkpoint has users {format_ids(user_index)}"
+            f"{gaps if is_plain else ''}"
         )
     num_images = len(config.user_ids or user_index) * config.num_images_per_user
     if num_images > MAX_JOB_IMAGES:
@@ -167,21 +253,6 @@ def _user_index(config: JobConfig) -> dict[int, int]:
     return user_index
 
 
-def _check_steps(num_inference_steps: int, scheduler: DDIMScheduler) -> None:
-    steps = scheduler.config.num_train_timesteps
-    if num_inference_steps > steps:
-        raise UsageError(
-            f"--num_inference_steps: {num_inference_steps} is out of range, needed: 1 to {steps}, the steps of training"
-        )
-    scheduler.set_timesteps(num_inference_steps)
-    first, last = int(scheduler.timesteps.max()), int(scheduler.timesteps.min())
-    if not 0 <= last <= first < steps:
-        raise UsageError(
-            f"--num_inference_steps: {num_inference_steps} asks for the steps {first} to {last} of training, needed: "
-            f"{steps - 1} to 0; fewer, or another steps_offset in --scheduler_path"
-        )
-
-
 def _check_precision(precision: str, device: torch.device) -> None:
     if precision not in DTYPES:
         raise UsageError(f"--mixed_precision: {precision!r}, asked for by the launcher, is none of {', '.join(DTYPES)}")
@@ -189,12 +260,16 @@ def _check_precision(precision: str, device: torch.device) -> None:
         raise UsageError(f"--mixed_precision: {torch.cuda.get_device_name(device)} has no bf16, use fp16")
 
 
-def _load_condition_encoder(config: JobConfig, embed_dim: int) -> tuple[UserConditionEncoder, str]:
+def _load_condition_encoder(
+    config: JobConfig, embed_dim: int, on_note: Callable[[str], None]
+) -> tuple[UserConditionEncoder, str]:
     with errors_of("--condition_encoder_path"):
         try:
-            encoder = load_condition_encoder(config.condition_encoder_path, config.num_users, embed_dim)
+            encoder = load_condition_encoder(config.condition_encoder_path, config.num_users, embed_dim, on_note)
             return encoder, "trained"
         except IncompatibleWeightsError:
             if config.on_incompatible_weights == "error":
                 raise
+            if config.num_users is None:
+                raise UsageError("--num_users: missing; the weights do not fit, and so do not tell it") from None
             return random_condition_encoder(config.num_users, embed_dim, config.seed), "random"

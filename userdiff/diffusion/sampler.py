@@ -38,6 +38,37 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def check_timesteps(scheduler: "DDIMScheduler", num_inference_steps: int) -> None:
+    """Raise ValueError for a number of steps whose timesteps the noise schedule of training does not have."""
+    steps = scheduler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= steps:
+        raise ValueError(f"{num_inference_steps} is out of range, needed: 1 to {steps}, the steps of training")
+    scheduler.set_timesteps(num_inference_steps)
+    first, last = int(scheduler.timesteps.max()), int(scheduler.timesteps.min())
+    if not 0 <= last <= first < steps:
+        raise ValueError(
+            f"{num_inference_steps} asks for the steps {first} to {last} of training, needed: {steps - 1} to 0; fewer, or "
+            "another steps_offset in --scheduler_path"
+        )
+
+
+def check_steps_finite(scheduler: "DDIMScheduler", num_inference_steps: int, eta: float) -> None:
+    """Raise ValueError where the arithmetic of a step is not finite: try each on random numbers, before any UNet pass."""
+    scheduler.set_timesteps(num_inference_steps)
+    latents, model_output = torch.randn((2, 1, 1, 4, 4), generator=Generator().manual_seed(0))
+    for timestep in scheduler.timesteps.tolist():
+        stepped = scheduler.step(model_output, timestep, latents, eta=eta, variance_noise=latents, return_dict=False)[0]
+        if not torch.isfinite(stepped).all():
+            kind = scheduler.config.prediction_type
+            noiseless = (
+                "; at zero terminal SNR no noise can be told from the signal, needed: v_prediction, or leading spacing"
+            )
+            raise ValueError(
+                f"the noise schedule has no finite step at timestep {timestep} for prediction_type {kind}"
+                + noiseless * (kind == "epsilon")
+            )
+
+
 @torch.no_grad()
 def denoise(
     unet: "UNet2DConditionModel",
@@ -79,15 +110,36 @@ def decode(vae: "AutoencoderKL", latents: Tensor, *, output_range: str = "unit")
     `output_range` is what the VAE was trained on: "unit" for [0, 1], "signed" for [-1, 1]. Decodes a few images at a
     time, in parts of equal size, since kernels are chosen, and graphs compiled, by shape.
     """
-    if output_range not in ("unit", "signed"):
-        raise ValueError(f"output_range: {output_range!r} is neither unit nor signed")
+    check_output_range(output_range)
     dtype = next(vae.parameters()).dtype
     most = DECODED_AT_ONCE.get(latents.device.type, DECODED_AT_ONCE["cpu"])
     at_once = max(size for size in range(1, most + 1) if len(latents) % size == 0)
-    parts = (latents / vae.config.scaling_factor).to(dtype).split(at_once)
+    parts = unscaled(vae, latents).to(dtype).split(at_once)
     # copied even where it is float32: a CUDA graph's output is overwritten by its next run
     images = torch.cat([vae.decode(part, return_dict=False)[0].to(torch.float32, copy=True) for part in parts])
     return images / 2 + 0.5 if output_range == "signed" else images
+
+
+def check_output_range(output_range: str) -> None:
+    """Raise ValueError for a range that is neither `unit` nor `signed`."""
+    if output_range not in ("unit", "signed"):
+        raise ValueError(f"output_range: {output_range!r} is neither unit nor signed")
+
+
+def unscaled(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
+    """Turn latents as the UNet has them into latents as the VAE has them, as its config says: same shape, float32.
+
+    `z / scaling_factor`, `z / scaling_factor + shift_factor`, or `z * std / scaling_factor + mean`, a channel at a time,
+    as in the pipelines of diffusers.
+    """
+    latents = latents / vae.config.scaling_factor
+    if vae.config.latents_mean is not None:
+        mean, std = (
+            torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        latents = latents * std + mean
+    return latents + vae.config.shift_factor if vae.config.shift_factor else latents
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -106,8 +158,9 @@ def finite_images(images: Tensor) -> Tensor:
 def contradicts_range(images: Tensor, output_range: str) -> Tensor:
     """Return whether decoded images plainly come from a VAE trained on the other range than `output_range`: [] bool.
 
-    Taken as "unit", [-1, 1] images have many values below 0; taken as "signed", [0, 1] images have none below 0.5.
+    Taken as "unit", [-1, 1] images have many values below 0, or a few far below, as ink on white paper has; those of a
+    [0, 1] VAE hardly reach -0.5. Taken as "signed", [0, 1] images have none below 0.5.
     """
     if output_range == "signed":
         return images.amin() > 0.4
-    return (images < -0.1).float().mean() > 0.1
+    return ((images < -0.1).float().mean() > 0.1) | (images.amin() < -0.5)

@@ -1,5 +1,6 @@
 """Sampling from a training loop: the job's own sequence, on live model objects."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -7,10 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from userdiff.diffusion.checkpoint import ddim_scheduler
+from userdiff.diffusion.checkpoint import check_agreement, ddim_scheduler
 from userdiff.diffusion.conditioning import UserConditionEncoder
 from userdiff.diffusion.generate import sample
-from userdiff.diffusion.sampler import to_uint8
+from userdiff.diffusion.sampler import (
+    check_output_range,
+    check_steps_finite,
+    check_timesteps,
+    contradicts_range,
+    finite_images,
+    to_uint8,
+)
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -40,15 +48,26 @@ def generate_samples(
     batch_size: images of a pass; where one pass is not enough, the last one is padded, since kernels depend on its size.
     Returns [len(user_ids) * num_images_per_user, height, width, channels] uint8 on the CPU, user by user, images 0,
     1, ... of each: those a batch job with this seed makes, but for last bits where its batches are of another size.
-    Raises ValueError for a user that the model does not have. Puts the models in eval mode and back, and leaves the
-    global generators alone.
+    Raises ValueError for a user that the model does not have, and for what the job would refuse: models that do not
+    belong together, a schedule that DDIM cannot honour, steps it does not have. Warns of images that are not finite, and of
+    a VAE of another range. Puts the models in eval mode and back, and leaves the global generators alone.
     """
     num_users = condition_encoder.user_embedding.num_embeddings
     rows = {user_id: user_id - 1 for user_id in range(1, num_users + 1)} if user_index is None else user_index
     unknown = [user_id for user_id in user_ids if user_id not in rows]
     if unknown or not user_ids:
         raise ValueError(f"user_ids: {unknown or 'none'} given, this model has users {sorted(rows)}")
+    if num_images_per_user < 1 or batch_size < 1:
+        raise ValueError(
+            f"num_images_per_user {num_images_per_user}, batch_size {batch_size}, needed: 1 or more of each"
+        )
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: {eta} is out of range, needed: 0 to 1")
+    check_output_range(vae_output_range)
+    check_agreement(vae, unet)
     scheduler = ddim_scheduler(noise_scheduler)
+    check_timesteps(scheduler, num_inference_steps)
+    check_steps_finite(scheduler, num_inference_steps, eta)
     items = [(user_id, image_index) for user_id in user_ids for image_index in range(num_images_per_user)]
     batch_size = min(batch_size, len(items))
     images = []
@@ -67,7 +86,12 @@ def generate_samples(
                 eta=eta,
                 output_range=vae_output_range,
             )
-            images.append(to_uint8(sampled[: len(batch)]).cpu())
+            sampled = sampled[: len(batch)]
+            if not start and contradicts_range(sampled, vae_output_range):
+                warnings.warn(f"the decoded images contradict vae_output_range={vae_output_range!r}", stacklevel=2)
+            if not finite_images(sampled).all():
+                warnings.warn("some of the decoded images are not finite", stacklevel=2)
+            images.append(to_uint8(sampled).cpu())
     return torch.cat(images)
 
 

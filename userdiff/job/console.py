@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,6 +15,7 @@ from userdiff.dataset.layout import MANIFEST_NAME, PREVIEW_NAME, file_name
 from userdiff.dataset.run_record import RunEntry
 from userdiff.dataset.scan import Finished
 from userdiff.diffusion.model import JobModel
+from userdiff.diffusion.sampler import latents_shape
 from userdiff.job import progress
 from userdiff.job.plan import Plan
 from userdiff.job.store import Coordinator
@@ -36,24 +38,14 @@ def _warn(line: str) -> None:
 
 def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int, found: Finished) -> None:
     """Print what is about to be made, from what, by whom, and what it takes; `found` is what is there already."""
-    if config.is_bundled:
-        _print("Model: the bundled checkpoint, ten users, user k writes the digit k-1 (no model path was given)")
+    for line in _describe(config, model, plan.user_ids):
+        _print(line)
+    for note in model.notes:
+        _print(f"Note: {note}")
+    for warning in model.warnings:
+        _warn(warning)
     if model.conditioning == "random":
         warn_of_random_conditioning(config)
-    is_plain = all(index == user_id - 1 for user_id, index in model.user_index.items())
-    rows = "id - 1" if is_plain else " ".join(f"{user_id}:{index}" for user_id, index in model.user_index.items())
-    _print(f"Users: {format_ids(plan.user_ids)}; row of the embedding: {rows}")
-    noise = model.scheduler.config
-    _print(
-        f"Noise schedule: {noise.beta_schedule} {noise.beta_start:g} to {noise.beta_end:g}, {noise.num_train_timesteps} steps, "
-        f"{noise.prediction_type}, samples {'clipped' if noise.clip_sample else 'not clipped'}"
-        f"{'' if config.scheduler_path else '; the default, --scheduler_path names another'}"
-    )
-    if config.train_user_ids and len(config.train_user_ids) < config.num_users:
-        _warn(
-            f"--train_user_ids names {len(config.train_user_ids)} users, the table has {config.num_users} rows; a missing "
-            "id shifts the rows of all after it"
-        )
     precision = model.identity.get("mixed_precision", "float32")
     _print(f"Output: {config.output_dir}; made on {model.device_name} in {precision}")
     _print(
@@ -78,6 +70,52 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
     _print_beyond(plan, found)
     _warn_of_foreign_files(config.output_dir, found)
     _print_disk(config.output_dir, model, plan, found)
+
+
+def _describe(config: JobConfig, model: JobModel, user_ids: Collection[int]) -> Iterator[str]:
+    """Yield what decides the pixels, read or assumed, a line for each part of the model."""
+    if config.is_bundled:
+        yield "Model: the bundled checkpoint, ten users, user k writes the digit k-1 (no model path was given)"
+    else:
+        yield f"Model: UNet {config.unet_path}, VAE {config.vae_path}, condition encoder {config.condition_encoder_path}"
+    channels, *latents = latents_shape(model.unet)
+    yield (
+        f"Images: {_sides(model.image_shape)}, of latents {_sides((*latents, channels))}; {_decoding(model.vae)}; "
+        f"pixels taken as {'[0, 1]' if config.vae_output_range == 'unit' else '[-1, 1]'} (--vae_output_range)"
+    )
+    is_plain = all(row == user_id - 1 for user_id, row in model.user_index.items())
+    rows = "id - 1" if is_plain else " ".join(f"{user_id}:{row}" for user_id, row in model.user_index.items())
+    num_rows = model.condition_encoder.user_embedding.num_embeddings
+    null_row = "" if config.null_row is None else f"; row {config.null_row} is no user's"
+    yield f"Users: {format_ids(user_ids)}; row of the embedding, of {num_rows}: {rows}{null_row}"
+    source = f"read from {model.schedule}" if model.schedule else "the default, none lies beside the UNet"
+    yield f"Noise schedule: {_schedule(model.scheduler.config)}; {source} (--scheduler_path)"
+    yield f"Sampling: DDIM, {count(config.num_inference_steps, 'step')}, eta {config.eta:g}, seed {config.seed}"
+
+
+def _sides(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _decoding(vae: Any) -> str:
+    scaled = f"decoded from latents / {vae.config.scaling_factor:g}"
+    if vae.config.latents_mean is not None:
+        return f"{scaled} * latents_std + latents_mean"
+    return f"{scaled} + {vae.config.shift_factor:g}" if vae.config.shift_factor else scaled
+
+
+def _schedule(noise: Any) -> str:
+    betas = f"{noise.beta_schedule} {noise.beta_start:g} to {noise.beta_end:g}"
+    if noise.trained_betas is not None:
+        betas = f"trained_betas {noise.trained_betas[0]:g} to {noise.trained_betas[-1]:g}"
+    clipped = f"clipped to {noise.clip_sample_range:g}" if noise.clip_sample else "not clipped"
+    if noise.thresholding:
+        clipped = f"thresholded at quantile {noise.dynamic_thresholding_ratio:g}, at most {noise.sample_max_value:g}"
+    return (
+        f"{betas}{', zero terminal SNR' if noise.rescale_betas_zero_snr else ''}, {noise.num_train_timesteps} steps, "
+        f"predicts {noise.prediction_type}, samples {clipped}, {noise.timestep_spacing} spacing, "
+        f"steps_offset {noise.steps_offset}, set_alpha_to_one {'on' if noise.set_alpha_to_one else 'off'}"
+    )
 
 
 def _print_beyond(plan: Plan, found: Finished) -> None:

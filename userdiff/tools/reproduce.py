@@ -11,7 +11,7 @@ from userdiff.dataset.png import encode_png
 from userdiff.dataset.recipe import Recipe
 from userdiff.dataset.run_record import RunRecord
 from userdiff.diffusion import generate
-from userdiff.diffusion.model import JobModel
+from userdiff.diffusion.model import JobModel, check_config
 from userdiff.identity import describe_differences
 from userdiff.seeds import Item, slots
 from userdiff.text import format_ids
@@ -26,13 +26,14 @@ def make_image(config: JobConfig, model: JobModel, user_id: int, image_index: in
     `torch.set_num_threads` with its `threads_per_process` first.
 
     Raises ValueError for a user the model does not have, an image_index below 0 or above 2^32 - 1, a folder whose images
-    were made with another model or other settings, and an image that is not finite; Failed where the batch does not fit
+    were made with another model or other settings, a model that was loaded with other settings than `config`, and an image that is not finite; Failed where the batch does not fit
     into memory. Leaves the global generators and torch's settings as they were.
     """
     if user_id not in model.user_index:
         raise ValueError(f"user_id: {user_id!r} is unknown, this model has users {format_ids(model.user_index)}")
     if not 0 <= image_index < MAX_IMAGES_PER_USER:
         raise ValueError(f"image_index: {image_index!r} is out of range, needed: 0 to {MAX_IMAGES_PER_USER - 1}")
+    check_config(model, config)
     item = (int(user_id), int(image_index))  # of a table they may be numpy's
     batch_size, compress_level = _of_folder(config, model)
     with _job_kernels(config.allow_tf32):
