@@ -3,6 +3,7 @@
 The only module that knows accelerate; what a process is goes from here to the others as plain values.
 """
 
+import json
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -157,7 +158,8 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
         entry = output_folder.new_entry(numerics, plan, coordinator.num_processes)
         with output_folder.history_entry(output_dir, run_record, entry, plan, coordinator):
             # Every process, this one too, claims batches until none is left.
-            coordinator.publish_plan(model.run, numerics, plan.to_bytes())
+            coordinator.set("run", json.dumps([model.run, numerics]))
+            coordinator.set("plan", plan.to_bytes())
             with console.show_progress(output_dir, plan, coordinator) as refresh:
                 make_images(
                     config, model, plan, coordinator, compress_level=numerics["png_compress_level"], on_step=refresh
@@ -181,14 +183,14 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
 def _run_other(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
     """Play the part of any other process: see the folder, receive the plan, make images."""
     shared_folder.look(config.output_dir, coordinator)
-    run_hash, numerics, packed = coordinator.receive_plan()
+    run_hash, numerics = json.loads(coordinator.wait_for("run"))
     if run_hash != model.run:
         raise UsageError(
             f"process {coordinator.process_index} has other models or other flags than the main process, or another "
             "precision; every machine needs the same files, the same command and, where that is bf16 or fp16, GPUs that all have "
             "bf16 or all have not"
         )
-    plan = Plan.from_bytes(packed)
+    plan = Plan.from_bytes(coordinator.wait_for("plan"))
     compress_level = numerics["png_compress_level"]
     for name, there, here in changed_numerics(numerics, numerics_of(config, model, plan.batch_size, compress_level)):
         if coordinator.is_first(f"{name} {here}"):
