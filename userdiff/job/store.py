@@ -23,6 +23,8 @@ from userdiff.job.store_client import SignsOfLife, StoreClient
 from userdiff.seeds import Item
 from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
 
+MAX_NOTED = {"failed": math.inf, "flat": 1000}
+"""How many images of a kind are noted by name. A model gone wrong may make nothing but images of one colour."""
 POLL_SECONDS = 0.05
 MAIN_SECONDS = 10.0  # that others leave the main process to print what is wrong with the arguments or models
 
@@ -146,22 +148,22 @@ class Coordinator:
         self._ask(self._report_published)
         return self._add("published", 0), self._add("published_bytes", 0)
 
-    def report(self, kind: str, item: Item, limit: float = math.inf) -> None:
-        """Count an image of a kind, and note which one it is unless `limit` have been noted.
+    def report(self, kind: str, item: Item) -> None:
+        """Count an image of a kind, and note which one it is unless MAX_NOTED have been noted.
 
         kind: `failed`, an image that could not be made, or `flat`, one of a single colour.
         """
         number = self._add(f"num_{kind}", 1)
-        if number <= limit:
+        if number <= MAX_NOTED[kind]:
             self.set(f"{kind}/{number}", json.dumps(item))
 
     def num_reported(self, kind: str) -> int:
         """Return how many images of a kind all processes have reported so far."""
         return self._add(f"num_{kind}", 0)
 
-    def reported(self, kind: str, limit: float = math.inf) -> list[Item]:
+    def reported(self, kind: str) -> list[Item]:
         """Return the images of a kind that were noted so far, sorted."""
-        numbers = range(1, int(min(self.num_reported(kind), limit)) + 1)
+        numbers = range(1, int(min(self.num_reported(kind), MAX_NOTED[kind])) + 1)
         items = [json.loads(self.wait_for(f"{kind}/{number}")) for number in numbers]
         return sorted((user_id, image_index) for user_id, image_index in items)
 
