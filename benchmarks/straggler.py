@@ -105,8 +105,8 @@ def work(case: Case, output_dir: Path, *, is_static: bool) -> None:
         if coordinator.is_main_process:
             (output_dir / file_name(1, 0)).parent.mkdir(parents=True)
             store.set("begun", str(time.monotonic()))
-            coordinator.publish_plan(MODEL.run, {}, plan.to_bytes())
-        coordinator.receive_plan()
+            coordinator.set("plan", plan.to_bytes())
+        coordinator.wait_for("plan")
         time.sleep(case.delays()[index])
         if is_static:
             own = iter([*range(index, case.num_batches, coordinator.num_processes), case.num_batches])

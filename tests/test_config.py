@@ -148,14 +148,13 @@ def test_what_a_library_function_refuses_is_told_by_its_flag():
         raise FileNotFoundError("no such folder")
     assert isinstance(raised.value.__cause__, FileNotFoundError)
     refused = FileNotFoundError(2, "No such file", "gone.json")
-    for flag, needed, said in (
-        ("--user_map", "", "gone.json cannot be used (No such file), needed: JSON file of user id"),
-        ("--dynamo_mode", "", "gone.json cannot be used (No such file)$"),  # a flag of the launcher has no help of ours
-        ("--dynamo_mode", "a mode", "gone.json cannot be used (No such file), needed: a mode$"),
+    for flag, said in (
+        ("--user_map", "gone.json cannot be used (No such file), needed: JSON file of user id"),
+        ("--dynamo_mode", "gone.json cannot be used (No such file)$"),  # a flag of the launcher has no help of ours
     ):
         with (
             pytest.raises(UsageError, match=f"^{flag}: {said}".replace("(", r"\(").replace(")", r"\)")),
-            errors_of(flag, needed),
+            errors_of(flag),
         ):
             raise refused
 

@@ -7,17 +7,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from userdiff.config import JobConfig, UsageError, natural_number, parse_args, path
+from userdiff.dataset.atomic import publish
+from userdiff.dataset.layout import MANIFEST_NAME, PREVIEW_NAME, file_name
 from userdiff.shutdown import Halted, Shutdown, Stopped
 from userdiff.text import listed, refusal
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MAIN_SECONDS = 10.0  # that a process leaves the main process to say what is wrong with the command, and to end the job
-
-_GENERATE_HELP = "generate a dataset: what batch_generate.py does, from anywhere (see `userdiff generate --help`)"
+MAIN_SECONDS = 10.0  # that others leave the main process to print what is wrong with the command, and to end the job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="userdiff", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(metavar="command", required=True, dest="name")
-    commands.add_parser("generate", help=_GENERATE_HELP)
+    what = "generate a dataset: what batch_generate.py does, from anywhere (see `userdiff generate --help`)"
+    commands.add_parser("generate", help=what)
 
     def add(command: Callable[..., int], help_text: str, **options: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(command.__name__, help=help_text, description=command.__doc__)
@@ -78,65 +80,59 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py") -> int:
-    """Parse, validate, run; every way to end is one line and an exit status.
+    """Parse, validate, run; however it ends, print one line at most and return the exit status.
 
     0: every image is there. 1: some failed, or the job could not go on. 2: wrong arguments, model or output folder.
     128 + n: stopped by signal n; the same command goes on from there.
     """
-    try:
-        config = parse_args(argv, prog)
-    except UsageError as error:
-        return _print_error(f"{prog}: error: {error}", error.exit_status)
-
-    def print_end(end: Halted) -> None:
-        is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-        if _is_main_process() or (end.is_alone and is_first_here):
-            _print_error(_end_line(prog, config, end), end.exit_status, is_alone=end.is_alone)
-
     shutdown = Shutdown()
     try:
-        with shutdown.listen(), shutdown.last_words(print_end):
-            # where the launcher is killed, torch would bury our last line under the stacks of every failed send
+        config = parse_args(argv, prog)
+        with shutdown.listen(), shutdown.last_words(partial(_print_end, prog, config)):
+            # Where the launcher is killed, torch would bury our last line under the stacks of every failed send.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-            gc.disable()  # a tenth of the time goes into looking for garbage among what is only being made
+            gc.disable()  # looking for garbage would take a tenth of the time of this import, and find none
             from userdiff.job.run import run  # torch takes seconds to load, --help must not
 
             gc.enable()
             shutdown.check()
             return run(config, shutdown)
     except UsageError as error:
-        if shutdown.reason is not None and not _is_main_process():  # the main process has been told, and prints it
-            return error.exit_status
+        if not _is_main_process():
+            if shutdown.reason is not None:  # the main process has been told, and prints it
+                return error.exit_status
+            # It finds the same error, prints it and ends the job; if not, the trouble is of this machine alone.
+            time.sleep(MAIN_SECONDS)
         return _print_error(f"{prog}: error: {error}", error.exit_status)
     except Halted as end:
-        print_end(end)
+        _print_end(prog, config, end)
         return end.exit_status
 
 
-def _end_line(prog: str, config: JobConfig, end: Halted) -> str:
+def _print_end(prog: str, config: JobConfig, end: Halted) -> None:
+    """Print why a job ended early, how far it got, and how to go on.
+
+    The main process speaks for all of them; where processes can no longer reach it, the first of each machine does.
+    """
+    if not _is_main_process() and not (end.is_alone and os.environ.get("LOCAL_RANK", "0") == "0"):
+        return
     line = f"{prog}: {end}" if isinstance(end, Stopped) else f"{prog}: error: {end}"
-    if end.exit_status == UsageError.exit_status:  # the same command would do no better
-        return line
-    progress = end.progress or f"what is done is kept in {config.output_dir}"
-    has_begun = config.overwrite and end.progress  # what was there before is removed
-    again = "the same command" + (", without --overwrite," if has_begun else "")
-    return f"{line}; {progress}, {again} goes on from there"
+    if end.exit_status != UsageError.exit_status:  # else the same command would do no better
+        progress = end.progress or f"what is done is kept in {config.output_dir}"
+        has_begun = config.overwrite and end.progress  # what was there before is removed
+        again = "the same command" + (", without --overwrite," if has_begun else "")
+        line = f"{line}; {progress}, {again} goes on from there"
+    _print_error(line, end.exit_status)
 
 
 def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _print_error(line: str, status: int, *, is_alone: bool = False) -> int:
-    """Print the one line that a command ends with, and return its exit status.
-
-    The main process speaks for all of them. Another one, which found something wrong with the command, leaves it the
-    time to find the same, print it and end the job; if it does not, the trouble is of this machine alone, and is printed.
-    """
+def _print_error(line: str, status: int) -> int:
+    """Print the one line that a command ends with, and return its exit status."""
     from userdiff.job.progress import unheard
 
-    if not _is_main_process() and not is_alone:
-        time.sleep(MAIN_SECONDS)
     with unheard(sys.stderr):
         print(" ".join(line.splitlines()), file=sys.stderr)
     return status
@@ -170,7 +166,6 @@ def merge(output_dir: list[Path], into: Path | None = None) -> int:
 
     With --into: join the datasets of independent jobs, which may be interrupted, in one folder; they stay as they are.
     """
-    from userdiff.dataset.layout import MANIFEST_NAME
     from userdiff.job.progress import show_reading
     from userdiff.tools import merge as tool
 
@@ -184,7 +179,6 @@ def merge(output_dir: list[Path], into: Path | None = None) -> int:
 
 
 def _merge_into(sources: list[Path], into: Path) -> int:
-    from userdiff.dataset.layout import MANIFEST_NAME, file_name
     from userdiff.job.progress import show_reading
     from userdiff.tools import merge as tool
 
@@ -214,8 +208,6 @@ def _merge_into(sources: list[Path], into: Path) -> int:
 
 def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, scale: int = 2) -> int:
     """Write a folder's `preview.html` from its manifest, and `picture` with the first `columns` images of each user."""
-    from userdiff.dataset.atomic import publish
-    from userdiff.dataset.layout import PREVIEW_NAME
     from userdiff.dataset.run_record import RunRecord
     from userdiff.dataset.scan import listed_rows
     from userdiff.tools.preview import contact_sheet, preview_page
@@ -251,7 +243,6 @@ def inspect(output_dir: Path, real: Path | None = None, json: Path | None = None
 
     Damaged images are named and passed over.
     """
-    from userdiff.dataset.atomic import publish
     from userdiff.job.progress import show_reading
     from userdiff.tools import inspect as tool
     from userdiff.tools.inspect_report import report_json, report_lines

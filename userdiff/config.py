@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,7 +60,7 @@ The same command again continues where it was interrupted; what is there is kept
 class UsageError(Exception):
     """Wrong arguments, model or output folder: the text is one line for the user, `<flag>: <what>`.
 
-    What does not print, such as the line break in the name of a file, is written as an escape.
+    What does not print, such as a line break in a file's name, is escaped.
     """
 
     exit_status = 2
@@ -69,11 +70,11 @@ class UsageError(Exception):
 
 
 @contextmanager
-def errors_of(flag: str, needed: str = "") -> Iterator[None]:
+def errors_of(flag: str) -> Iterator[None]:
     """Turn an error about bad input, raised within this block, into a UsageError that names the flag it came by.
 
-    needed: what is needed instead of a file that the operating system refused; by default what the flag's help says. A
-    full disk is no bad input, and passes.
+    For a file that the operating system refused, the flag's help says what is needed instead. A full disk is no bad input:
+    its error passes.
     """
     try:
         yield
@@ -82,19 +83,18 @@ def errors_of(flag: str, needed: str = "") -> Iterator[None]:
             raise
         what = str(error)
         if isinstance(error, OSError) and error.filename is not None:
-            helps = {f"--{declared.name}": declared.metadata["help"] for declared in dataclasses.fields(JobConfig)}
-            needed = needed or helps.get(flag, "").partition(" (default: ")[0]
-            what = f"{os.fsdecode(error.filename)} cannot be used ({error.strerror})" + (
-                needed and f", needed: {needed}"
-            )
+            what = f"{os.fsdecode(error.filename)} cannot be used ({error.strerror})"
+            for declared in dataclasses.fields(JobConfig):
+                if flag == f"--{declared.name}":
+                    what += f", needed: {declared.metadata['help'].partition(' (default: ')[0]}"
         raise UsageError(f"{flag}: {what}") from error
 
 
-# What argparse parses a flag's text with; it prints the message of what is raised here.
+# How argparse parses the text of a flag. It puts the message of an ArgumentTypeError into its own error.
 
 
 def path(text: str) -> Path:
-    """Parse a path; an empty one, as of a shell variable that is not set, would mean the current folder."""
+    """Parse a path. An empty one, as from a shell variable that is not set, would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("'' is not a path; the current folder is .")
     return Path(text)
@@ -109,7 +109,7 @@ def whole_number(text: str) -> int:
 
 
 def natural_number(text: str) -> int:
-    """Parse an int from 1."""
+    """Parse an int that is 1 or more."""
     value = whole_number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is out of range, needed: 1 or more")
@@ -124,9 +124,12 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
-def _flag(group: str, help_text: str, default: Any = MISSING, **argparse_options: Any) -> Any:
-    """Declare a field that is also a flag: one home for its name, default, meaning and way of parsing."""
-    return field(default=default, metadata={"group": group, "help": help_text, **argparse_options})
+def _flag(group: str, help_text: str, default: Any = MISSING, **options: Any) -> Any:
+    """Declare a field that is also a flag: one home for its name, default, meaning, parsing and check.
+
+    options: argparse's, and `bounds`, the smallest and the largest value.
+    """
+    return field(default=default, metadata={"group": group, "help": help_text, **options})
 
 
 _MODEL, _WHAT, _HOW, _RUN = "the model", "what to make", "how to sample", "how to run"
@@ -152,12 +155,9 @@ class JobConfig:
         type=path,
     )  # fmt: skip
     num_users: int | None = _flag(
-        _MODEL,
-        "rows of the user embedding table (default: what the weights have)",
-        None,
-        type=whole_number,
-        metavar="N",
-    )
+        _MODEL, "rows of the user embedding table (default: what the weights have)",
+        None, type=whole_number, metavar="N", bounds=(1, MAX_USERS),
+    )  # fmt: skip
     unet_config: Path | None = _flag(
         _MODEL, "config.json of the UNet, or its folder (default: beside the weights)", None, type=path
     )
@@ -183,7 +183,7 @@ class JobConfig:
     null_row: int | None = _flag(
         _MODEL, "row of the table that is no user's, as trainers with a null condition have one; the others are counted "
         "without it (default: none)",
-        None, type=whole_number, metavar="N",
+        None, type=whole_number, metavar="N", bounds=(0, MAX_USERS - 1),
     )  # fmt: skip
     sample_size: tuple[int, ...] | None = _flag(
         _MODEL, "side of the latents, or height and width (default: sample_size in the UNet's config.json)",
@@ -208,23 +208,25 @@ class JobConfig:
         None, type=id_range, nargs="+", action="extend", metavar="ID",
     )  # fmt: skip
     num_images_per_user: int = _flag(
-        _WHAT, "images of each user, image_index 0 to N-1 (default: %(default)s)", 5, type=whole_number, metavar="N"
-    )
+        _WHAT, "images of each user, image_index 0 to N-1 (default: %(default)s)",
+        5, type=whole_number, metavar="N", bounds=(1, MAX_IMAGES_PER_USER),
+    )  # fmt: skip
     output_dir: Path = _flag(
-        _WHAT,
-        "folder of the dataset, one that can be written to; made if needed (default: ./%(default)s)",
-        Path("generated_images"),
-        type=path,
-    )
+        _WHAT, "folder of the dataset, one that can be written to; made if needed (default: ./%(default)s)",
+        Path("generated_images"), type=path,
+    )  # fmt: skip
 
-    num_inference_steps: int = _flag(_HOW, "DDIM steps (default: %(default)s)", 20, type=whole_number, metavar="N")
+    num_inference_steps: int = _flag(
+        _HOW, "DDIM steps (default: %(default)s)", 20, type=whole_number, metavar="N", bounds=(1, 10**6)
+    )
     seed: int = _flag(
         _HOW, "base seed, 0 to 2^63-1; every image's own seed follows from it (default: %(default)s)",
-        42, type=whole_number,
+        42, type=whole_number, bounds=(0, MAX_SEED),
     )  # fmt: skip
     eta: float = _flag(
-        _HOW, "DDIM stochasticity, 0 to 1: 0 is deterministic, 1 is DDPM (default: %(default)s)", 0.0, type=number
-    )
+        _HOW, "DDIM stochasticity, 0 to 1: 0 is deterministic, 1 is DDPM (default: %(default)s)",
+        0.0, type=number, bounds=(0, 1),
+    )  # fmt: skip
 
     device: str = _flag(
         _RUN, "under a multi-process launch each process takes its own GPU (default: %(default)s)",
@@ -233,7 +235,7 @@ class JobConfig:
     batch_size: int | None = _flag(
         _RUN, "images in every forward pass (default: what the folder began with, else "
         f"{DEFAULT_BATCH_SIZE['cuda']} on a GPU, {DEFAULT_BATCH_SIZE['cpu']} on a CPU)",
-        None, type=whole_number, metavar="N",
+        None, type=whole_number, metavar="N", bounds=(1, 2**16),
     )  # fmt: skip
     mixed_precision: str | None = _flag(
         _RUN, "precision of the UNet and the VAE (default: the launcher's, else no)",
@@ -252,30 +254,26 @@ class JobConfig:
     png_compress_level: int | None = _flag(
         _RUN, "0 to 9: how hard to compress; up to 3 with one fixed filter, several times faster and a sixth larger "
         f"(default: what the folder began with, else {DEFAULT_COMPRESS_LEVEL})",
-        None, type=whole_number, metavar="N",
+        None, type=whole_number, metavar="N", bounds=(0, 9),
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Check every value; nothing is corrected silently."""
-        self._check_choices()
+        flags = [(declared, getattr(self, declared.name)) for declared in dataclasses.fields(self)]
+        for declared, value in flags:
+            choices = declared.metadata.get("choices")
+            if choices and value not in choices and value != declared.default:
+                raise UsageError(f"--{declared.name}: {value!r} is none of {', '.join(choices)}")
         self._check_ids("user_ids", self.user_ids)
         self._check_ids("train_user_ids", self.train_user_ids)
-        if self.num_users is not None:
-            self._check_range("num_users", self.num_users, 1, MAX_USERS)
-        if self.null_row is not None:
-            self._check_range("null_row", self.null_row, 0, (self.num_users or MAX_USERS) - 1)
+        for declared, value in flags:
+            bounds = declared.metadata.get("bounds")
+            if bounds and value != declared.default and not bounds[0] <= value <= bounds[1]:
+                raise UsageError(f"--{declared.name}: {value} is out of range, needed: {bounds[0]} to {bounds[1]}")
         if self.sample_size is not None and len(self.sample_size) > 2:
             raise UsageError(f"--sample_size: {len(self.sample_size)} numbers, needed: one, or height and width")
         if self.scaling_factor is not None and not 0 < self.scaling_factor < float("inf"):
             raise UsageError(f"--scaling_factor: {self.scaling_factor} is out of range, needed: a number above 0")
-        self._check_range("num_images_per_user", self.num_images_per_user, 1, MAX_IMAGES_PER_USER)
-        self._check_range("num_inference_steps", self.num_inference_steps, 1, 10**6)
-        self._check_range("seed", self.seed, 0, MAX_SEED)
-        self._check_range("eta", self.eta, 0, 1)
-        if self.batch_size is not None:
-            self._check_range("batch_size", self.batch_size, 1, 2**16)
-        if self.png_compress_level is not None:
-            self._check_range("png_compress_level", self.png_compress_level, 0, 9)
         given = [name for name in _USERS_FLAGS if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(
@@ -299,18 +297,6 @@ class JobConfig:
             numerics.get("png_compress_level", DEFAULT_COMPRESS_LEVEL) if level is None else level,
         )
 
-    def _check_choices(self) -> None:
-        for declared in dataclasses.fields(self):
-            choices = declared.metadata.get("choices")
-            value = getattr(self, declared.name)
-            if choices and value not in choices and value != declared.default:
-                raise UsageError(f"--{declared.name}: {value!r} is none of {', '.join(choices)}")
-
-    @staticmethod
-    def _check_range(name: str, value: float, low: int, high: int) -> None:
-        if not low <= value <= high:
-            raise UsageError(f"--{name}: {value} is out of range, needed: {low} to {high}")
-
     @staticmethod
     def _check_ids(name: str, ids: Sequence[int] | None) -> None:
         if ids is None:
@@ -328,7 +314,7 @@ class JobConfig:
             seen.add(user_id)
 
     def _check_output_dir(self) -> None:
-        """Refuse what no folder can be made of now: loading the models may take minutes."""
+        """Refuse a path where no folder can be made before the models are loaded, which may take minutes."""
         with errors_of("--output_dir"):
             if any("\ud800" <= letter <= "\udfff" for letter in str(self.output_dir)):  # how Python reads other bytes
                 raise ValueError(f"{self.output_dir} is not UTF-8, needed: a name that the pages and lines can hold")
@@ -348,7 +334,7 @@ def bundled_model() -> dict[str, Any]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing usage and exiting: who prints, and when, is the caller's to say."""
+        """Raise instead of printing usage and exiting: the caller decides which process prints, and when."""
         flag, _, what = message.removeprefix("argument ").partition(": ")
         if what.startswith("expected "):  # one argument, at least one argument
             what = f"{what}; one that begins with - is written {flag}=-..."
@@ -363,22 +349,20 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    groups: dict[str, Any] = {}
-    for declared in dataclasses.fields(JobConfig):
-        options = dict(declared.metadata)
-        group = options.pop("group")
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        default = None if declared.default is MISSING else declared.default
-        choices = options.pop("choices", None)  # JobConfig checks them, in the same words in every Python
-        if choices:
-            options["metavar"] = f"{{{','.join(choices)}}}"
-        groups[group].add_argument(f"--{declared.name}", default=default, **options)
+    for title, group in groupby(dataclasses.fields(JobConfig), key=lambda declared: declared.metadata["group"]):
+        arguments = parser.add_argument_group(title)
+        for declared in group:
+            # JobConfig checks choices and bounds, in the same words in every Python.
+            options = {k: v for k, v in declared.metadata.items() if k not in ("group", "choices", "bounds")}
+            if choices := declared.metadata.get("choices"):
+                options["metavar"] = f"{{{','.join(choices)}}}"
+            default = None if declared.default is MISSING else declared.default
+            arguments.add_argument(f"--{declared.name}", default=default, **options)
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None, prog: str = "batch_generate.py") -> JobConfig:
-    """Turn a command line into a checked JobConfig; raises UsageError, and SystemExit(0) after --help."""
+    """Parse and check a command line; raises UsageError, and SystemExit(0) after --help."""
     namespace, unknown = make_parser(prog).parse_known_args(argv)
     if unknown:
         raise UsageError(_no_such_flag(unknown[0]))
@@ -392,7 +376,7 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "batch_generate.py
 
 
 def _no_such_flag(token: str) -> str:
-    """Return what to say of the first token that belongs to no flag, with what was probably meant."""
+    """Return the message for a token that belongs to no flag, with the flag that was probably meant."""
     flag = token.partition("=")[0]
     if flag.strip(_DASHES) == flag:
         return f"{token!r}: no flag takes it; --help lists them"
@@ -405,7 +389,7 @@ def _no_such_flag(token: str) -> str:
 
 
 def _with_model(values: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the bundled model where no path is given; with some of the three given and some not, say which."""
+    """Fill in the bundled model where no path is given; raises UsageError where only some of the three are given."""
     missing = [name for name in MODEL_FLAGS if values[name] is None]
     if missing == list(MODEL_FLAGS):
         if values["num_users"] not in (None, BUNDLED_NUM_USERS):

@@ -1,14 +1,12 @@
 """Ending before all is done: for which reasons, and how a process learns in time that it is to end.
 
-A signal sets a flag, which is looked at between DDIM steps and between files. A step of a large model, or loading one,
-may take longer than the ten seconds that a cluster leaves a process; so a thread hears of the signal too, and ends the
-process once GRACE_SECONDS are over. Files are published in one step each, so nothing is lost by that.
+A signal sets a flag, which is checked between DDIM steps and between files. A step of a large model, or loading one, may
+take longer than the ten seconds that a cluster leaves a process. So a thread hears of the signal too, and ends the process
+when GRACE_SECONDS are over. Nothing is lost by that, since every file is published in one step.
 """
 
 import os
-import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -19,7 +17,7 @@ from typing import TypeVar
 GRACE_SECONDS = 8.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_LOOK_SECONDS = 0.5  # how often the thread looks for a launcher that has gone
+_POLL_SECONDS = 0.25  # how often the thread looks for a signal, or for a launcher that has died
 
 T = TypeVar("T")
 
@@ -35,7 +33,7 @@ class Halted(Exception):
 
 
 class Stopped(Halted):
-    """A signal asked for it."""
+    """Stopped by a signal."""
 
     def __init__(self, signal_number: int, *, is_alone: bool = False) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
@@ -45,7 +43,7 @@ class Stopped(Halted):
 
 
 class Failed(Halted):
-    """Something went wrong, here or in another process; the text is its cause.
+    """Ended by an error, here or in another process; the text is its cause.
 
     Every process leaves with the same exit status, since a launcher reports that of whichever leaves first.
     """
@@ -64,16 +62,15 @@ class Shutdown:
         self._deadline = float("inf")
         self._parent = os.getppid()
         self._last_words: list[Callable[[Halted], None]] = []
-        self._sender: socket.socket | None = None  # what is sent wakes the watching thread
-        self._end = threading.Lock()  # held by the thread that ends the process, or by who tells it not to
+        self._end = threading.Lock()  # held by the thread that ends the process, or by whoever tells it not to
 
     def check(self) -> None:
-        """Raise the reason to end, if there is one. Cheap: ask often."""
+        """Raise the reason to end, if there is one. Cheap: call it often."""
         if self.reason is not None:
             raise self.reason
 
     def checked(self, items: Iterable[T]) -> Iterator[T]:
-        """Pass on items, such as files, and ask before each one."""
+        """Yield the items, such as files, with a check before each one."""
         for item in items:
             self.check()
             yield item
@@ -83,13 +80,6 @@ class Shutdown:
         if self.reason is None:
             self.reason = reason
             self._deadline = time.monotonic() + GRACE_SECONDS
-            self._wake()
-
-    def _wake(self) -> None:
-        sender = self._sender
-        with suppress(OSError):  # full, or closed since
-            if sender:
-                sender.send(b"\0")
 
     def seconds_left(self) -> float:
         """Return how long the process may still take to end in order."""
@@ -101,7 +91,7 @@ class Shutdown:
 
     @contextmanager
     def last_words(self, say: Callable[[Halted], None]) -> Iterator[None]:
-        """Have `say` called, should the process be ended within this block; what was added last is called first."""
+        """Have `say` called if the process is ended within this block; the innermost block's is called first."""
         self._last_words.append(say)
         try:
             yield
@@ -110,42 +100,39 @@ class Shutdown:
 
     @contextmanager
     def listen(self) -> Iterator["Shutdown"]:
-        """Take SIGINT, SIGTERM and the launcher's death for reasons to end. For the main thread, once."""
-        receiver, self._sender = socket.socketpair()
-        self._sender.setblocking(False)
+        """Take SIGINT, SIGTERM and the launcher's death as reasons to end. For the main thread, once."""
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
         is_over = threading.Event()
-        watch = threading.Thread(target=self._watch, args=(receiver, is_over), name="shutdown", daemon=True)
+        watch = threading.Thread(target=self._watch, args=(reader, is_over), name="shutdown", daemon=True)
         watch.start()
         before = {number: signal.signal(number, lambda number, _: self.set(Stopped(number))) for number in _SIGNALS}
-        # A Python handler waits for the operation in progress to return; the number that is sent here does not.
-        fd_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        # A handler written in Python runs only when the operation in progress returns. The interpreter writes the number
+        # of a signal to this file at once, so the thread learns of it meanwhile.
+        fd_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         try:
             yield self
         finally:
-            with self._end:  # never given back once the thread ends the process
+            with self._end:  # never released once the thread ends the process
                 is_over.set()
             signal.set_wakeup_fd(fd_before)
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self._wake()
             watch.join()
-            receiver.close()
-            self._sender.close()
-            self._sender = None
+            os.close(reader)
+            os.close(writer)
 
-    def _watch(self, receiver: socket.socket, is_over: threading.Event) -> None:
-        while True:
-            seconds = min(self.seconds_left(), _LOOK_SECONDS)
-            if select.select([receiver], [], [], seconds)[0]:
-                for number in receiver.recv(64):
+    def _watch(self, reader: int, is_over: threading.Event) -> None:
+        while not is_over.wait(_POLL_SECONDS):
+            with suppress(BlockingIOError):
+                for number in os.read(reader, 64):
                     if number in _SIGNALS:
                         self.set(Stopped(number))
             if self.reason is None and self.is_orphan():
                 self.set(Stopped(signal.SIGTERM, is_alone=True))
             with self._end:
-                if is_over.is_set():
-                    return
-                if self.reason is not None and not self.seconds_left():
+                if self.reason is not None and not self.seconds_left() and not is_over.is_set():
                     self._leave(self.reason)
 
     def _leave(self, reason: Halted) -> None:

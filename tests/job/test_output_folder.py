@@ -19,7 +19,7 @@ from tests.checkpoints import model_flags
 from tests.jobs import finish, play_processes, run_job, start, tree
 from userdiff.dataset import locks
 from userdiff.diffusion import generate
-from userdiff.job import output_folder, worker
+from userdiff.job import output_folder, store, worker
 from userdiff.job.output_folder import disk_failure
 from userdiff.shutdown import Stopped
 
@@ -435,8 +435,7 @@ def test_images_of_one_colour_are_counted_and_named(job, tmp_path, capsys, monke
     said = capsys.readouterr().out
     assert "Warning: 2 images are one single colour" in said
     assert "user_01/generated_002.png, user_02/generated_000.png" in said
-    monkeypatch.setattr(worker, "FLAT_NAMED", 1)  # of very many, some are named
-    monkeypatch.setattr("userdiff.job.run.FLAT_NAMED", 1)
+    monkeypatch.setitem(store.MAX_NOTED, "flat", 1)  # of very many, some are named
     assert run_job(*job, "--overwrite") == 0
     assert "Warning: 2 images are one single colour, which a model seldom means: user_0" in capsys.readouterr().out
 

@@ -65,8 +65,8 @@ def test_every_batch_is_claimed_once(processes):
 def test_the_plan_reaches_everyone_as_it_was(processes):
     main, *others = processes(3)
     plan = bytes(range(256)) * 3 + b"\n\n"
-    threading.Timer(0.2, main.publish_plan, args=("0af3", {"threads": 1}, plan)).start()
-    assert [other.receive_plan() for other in others] == [("0af3", {"threads": 1}, plan)] * 2
+    threading.Timer(0.2, main.set, args=("plan", plan)).start()
+    assert [other.wait_for("plan") for other in others] == [plan] * 2
 
 
 def test_progress_and_failures_add_up(processes):
@@ -207,7 +207,7 @@ def test_workers_miss_a_main_process_that_died(processes, quick_pulse, monkeypat
     main, worker = processes(2)
     main._client.close()
     with pytest.raises(Failed, match=r"process 0 on .* no sign of life"):
-        worker.receive_plan()
+        worker.wait_for("plan")
 
 
 def test_a_process_that_has_left_in_order_is_not_missed(processes, quick_pulse, monkeypatch):

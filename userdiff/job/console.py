@@ -1,4 +1,4 @@
-"""What the main process prints: the plan, one progress bar for the whole job, warnings, the outcome."""
+"""What the main process prints of a whole job: the plan, one progress bar for all processes, the outcome."""
 
 import shutil
 import sys
@@ -26,50 +26,69 @@ from userdiff.text import count, format_ids, listed
 _REFRESH_SECONDS = 0.2  # a DDIM step of a small model takes less, and need not ask the store each time
 
 
-def _print(line: str) -> None:
+def write(line: str) -> None:
+    """Print a line."""
     with progress.unheard(sys.stdout):
         tqdm.write(line, file=sys.stdout)  # unlike print, it does not tear the progress bar
 
 
-def _warn(line: str) -> None:
+def warn(line: str) -> None:
+    """Print a warning on stderr."""
     with progress.unheard(sys.stderr):
         tqdm.write(f"Warning: {line}", file=sys.stderr)
 
 
+def format_bytes(number: float) -> str:
+    """Return a number of bytes in a readable unit: `7.5MB`."""
+    return f"{tqdm.format_sizeof(number, divisor=1000)}B"
+
+
 def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int, found: Finished) -> None:
-    """Print what is about to be made, from what, by whom, and what it takes; `found` is what is there already."""
+    """Print what is about to be made, from what, by how many processes, and what it takes.
+
+    found: what is there already.
+    """
     for line in _describe(config, model, plan.user_ids):
-        _print(line)
+        write(line)
     for note in model.notes:
-        _print(f"Note: {note}")
+        write(f"Note: {note}")
     for warning in model.warnings:
-        _warn(warning)
-    if model.conditioning == "random":
-        warn_of_random_conditioning(config)
+        warn(warning)
+    _warn_of_random_conditioning(config, model)
     precision = model.identity.get("mixed_precision", "float32")
-    _print(f"Output: {config.output_dir}; made on {model.device_name} in {precision}")
-    _print(
+    write(f"Output: {config.output_dir}; made on {model.device_name} in {precision}")
+    write(
         f"Plan: {count(plan.num_items, 'image')} ({count(len(plan.user_ids), 'user')} x {plan.num_images_per_user}), "
-        f"{plan.num_items - plan.num_pending} already there, {plan.num_pending} to make in "
+        f"{plan.num_done} already there, {plan.num_pending} to make in "
         f"{count(len(plan.batches), 'batch', 'batches')} of {plan.batch_size} "
         f"by {count(num_processes, 'process', 'processes')} on {model.device.type}"
     )
     if 0 < plan.num_items < plan.batch_size and config.batch_size is None and not found.rows:
-        _print(
+        write(
             f"Note: {count(plan.num_items, 'image')} in batches of {plan.batch_size}; --batch_size {plan.num_items} would do"
         )
     elif config.dry_run:
-        _print(
+        write(
             f"Padding: {plan.batches.size - plan.num_pending} of the {plan.batches.size} rows of these batches are computed "
             "and thrown away"
         )
     if model.compiled != "no" and plan.num_pending:
-        _print(
+        write(
             f"Compiling ({model.compiled}): the first batch takes minutes longer, less once the compiler's cache is warm"
         )
-    _print_beyond(plan, found)
-    _warn_of_foreign_files(config.output_dir, found)
-    _print_disk(config.output_dir, model, plan, found)
+    _write_beyond(plan, found)
+    if foreign := [*found.foreign_files, *(file_name(*item) for item in found.foreign_images)]:
+        are, them = ("is", "it") if len(foreign) == 1 else ("are", "them")
+        warn(
+            f"{count(len(foreign), 'file')} beside the images {are} not of this job, and loaders may read {them} too: "
+            f"{listed(foreign)}; `userdiff verify {config.output_dir}` lists all"
+        )
+    if plan.num_pending:  # take as much as those that are there, else at most what they take uncompressed
+        size = found.rows.num_bytes() / len(found.rows) if found.rows else model.uncompressed_bytes
+        about = "about" if found.rows else "at most"
+        needed, free = plan.num_pending * size, _free_bytes(config.output_dir)
+        write(f"Disk: {about} {format_bytes(needed)} to write, {format_bytes(free)} free")
+        _warn_of_full_disk(config.output_dir, plan.num_pending, about, needed)
 
 
 def _describe(config: JobConfig, model: JobModel, user_ids: Collection[int]) -> Iterator[str]:
@@ -88,7 +107,9 @@ def _describe(config: JobConfig, model: JobModel, user_ids: Collection[int]) -> 
     num_rows = model.condition_encoder.user_embedding.num_embeddings
     null_row = "" if config.null_row is None else f"; row {config.null_row} is no user's"
     yield f"Users: {format_ids(user_ids)}; row of the embedding, of {num_rows}: {rows}{null_row}"
-    source = f"read from {model.schedule}" if model.schedule else "the default, none lies beside the UNet"
+    source = f"read from {model.schedule}" if model.schedule else "the default, as none lies beside the UNet"
+    if config.is_bundled and config.scheduler_path is None:
+        source = "its own"
     yield f"Noise schedule: {_schedule(model.scheduler.config)}; {source} (--scheduler_path)"
     yield f"Sampling: DDIM, {count(config.num_inference_steps, 'step')}, eta {config.eta:g}, seed {config.seed}"
 
@@ -118,53 +139,47 @@ def _schedule(noise: Any) -> str:
     )
 
 
-def _print_beyond(plan: Plan, found: Finished) -> None:
-    """Print what is there beyond the request, and what was there and is not any longer."""
-    asked_for = set(plan.user_ids)
-
-    def is_beyond(item: Item) -> bool:
-        return item[0] not in asked_for or item[1] >= plan.num_images_per_user
-
-    beyond = {
-        user_id: int((indices >= plan.num_images_per_user).sum()) if user_id in asked_for else len(indices)
-        for user_id, indices in found.rows.image_indices().items()
-    }
-    if any(beyond.values()):
-        users = format_ids(user_id for user_id, number in beyond.items() if number)
-        _print(f"Beyond this request: {count(sum(beyond.values()), 'image')} of users {users} are there too, and stay")
-    _print_images(
-        "Warning", [item for item in found.lost if is_beyond(item)], "beyond this request and missing or damaged"
-    )
-    again = [item for item in found.lost if not is_beyond(item)]
-    _print_images("Note", again, "missing or damaged and made again")
-
-
-def _warn_of_foreign_files(output_dir: Path, found: Finished) -> None:
-    foreign = [*found.foreign_files, *(file_name(*item) for item in found.foreign_images)]
-    if foreign:
-        are, them = ("is", "it") if len(foreign) == 1 else ("are", "them")
-        _warn(
-            f"{count(len(foreign), 'file')} beside the images {are} not of this job, and loaders may read {them} too: "
-            f"{listed(foreign)}; `userdiff verify {output_dir}` lists all"
+def _warn_of_random_conditioning(config: JobConfig, model: JobModel) -> None:
+    """Warn that images will not show the users whose names they carry, where that is so."""
+    if model.conditioning == "random":
+        warn(
+            f"the weights in {config.condition_encoder_path} do not fit; the condition encoder is RANDOM, images do not "
+            "show the users they are filed under, and every row says conditioning=random"
         )
 
 
-def _print_disk(output_dir: Path, model: JobModel, plan: Plan, found: Finished) -> None:
-    """Print what the images to make will take: by those that are there, else at most what they take uncompressed."""
-    if plan.num_pending:
-        size = found.rows.num_bytes() / len(found.rows) if found.rows else model.uncompressed_bytes
-        about = "about" if found.rows else "at most"
-        needed, free = plan.num_pending * size, _free_bytes(output_dir)
-        _print(f"Disk: {about} {_bytes(needed)} to write, {_bytes(free)} free")
-        _warn_of_full_disk(output_dir, plan.num_pending, about, needed)
+def _write_beyond(plan: Plan, found: Finished) -> None:
+    """Print what is there beyond the request, and what was there and is not any longer."""
+    asked_for = set(plan.user_ids)
+
+    def is_beyond(user_id: int, image_index: int) -> bool:
+        return user_id not in asked_for or image_index >= plan.num_images_per_user
+
+    if num_beyond := len(found.rows) - plan.num_done:
+        last_images = {user_id: int(indices[-1]) for user_id, indices in found.rows.image_indices().items()}
+        users = format_ids(user_id for user_id, last in last_images.items() if is_beyond(user_id, last))
+        write(f"Beyond this request: {count(num_beyond, 'image')} of users {users} are there too, and stay")
+    beyond = [item for item in found.lost if is_beyond(*item)]
+    again = [item for item in found.lost if not is_beyond(*item)]
+    _write_images("Warning", beyond, "beyond this request and missing or damaged")
+    _write_images("Note", again, "missing or damaged and made again")
+
+
+def _write_images(title: str, items: Sequence[Item], what: str, number: int = 0) -> None:
+    """Print how many images there are, `number` if more than `items`, and the first ones by name; nothing for none."""
+    number = number or len(items)
+    if items:
+        are = "image is" if number == 1 else "images are"
+        write(f"{title}: {number} {are} {what}: {listed([file_name(*item) for item in items], number)}")
 
 
 def _warn_of_full_disk(output_dir: Path, num_images: int, about: str, needed: float) -> None:
+    """Warn where images need more bytes than are free."""
     free = _free_bytes(output_dir)
     if needed > free:
-        _warn(
-            f"{num_images} images take {about} {_bytes(needed)}, and {output_dir} has {_bytes(free)} free; a full disk stops "
-            "the job, and what is made stays"
+        warn(
+            f"{num_images} images take {about} {format_bytes(needed)}, and {output_dir} has {format_bytes(free)} free; a "
+            "full disk stops the job, and what is made stays"
         )
 
 
@@ -172,35 +187,13 @@ def _free_bytes(output_dir: Path) -> int:
     return shutil.disk_usage(next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())).free
 
 
-def _bytes(number: float) -> str:
-    return f"{tqdm.format_sizeof(number, divisor=1000)}B"
-
-
-def print_removed(config: JobConfig, number: int) -> None:
-    """Print what `--overwrite` has removed, or would."""
-    removed = "To be removed" if config.dry_run else "Removed"
-    _print(f"{removed}: {count(number, 'image')} of earlier runs, from {config.output_dir}")
-
-
-def conclude_dry_run(output_dir: Path) -> None:
-    """Print that nothing was made."""
-    _print(f"Dry run: nothing was made, and {output_dir} is as it was")
-
-
-def note_manifest(output_dir: Path) -> None:
-    """Print that the manifest is not what the last run left."""
-    what = "not as it was published" if (output_dir / MANIFEST_NAME).exists() else "gone"
-    _print(f"Note: {MANIFEST_NAME} is {what}; its rows are made again from the images")
-
-
 @contextmanager
 def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Iterator[Callable[[], None]]:
     """Show one bar for the whole job; the value is a function that refreshes it, and raises when the job is to end.
 
-    Once there is a batch of images to judge by, a disk that will not hold the rest is warned of.
+    As soon as there is a batch of images to judge by, warn of a disk that will not hold the rest.
     """
-    done = plan.num_items - plan.num_pending
-    with progress.make_bar(plan.num_items, done) as bar:
+    with progress.make_bar(plan.num_items, plan.num_done) as bar:
         shown, is_judged = time.monotonic(), not plan.num_pending
 
         def refresh() -> None:
@@ -219,7 +212,7 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
         def show(num_images: int) -> None:
             if num_failed := coordinator.num_reported("failed"):
                 bar.set_postfix_str(f"{num_failed} failed", refresh=False)
-            bar.update(done + num_images - bar.n)  # shows itself every `mininterval`
+            bar.update(plan.num_done + num_images - bar.n)  # shows itself every `mininterval`
 
         try:
             yield refresh
@@ -228,100 +221,21 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
                 show(coordinator.published()[0])
 
 
-def conclude(
-    config: JobConfig,
-    model: JobModel,
-    plan: Plan,
-    entry: RunEntry,
-    *,
-    not_finite: Collection[Item],
-    flat: Sequence[Item],
-    num_flat: int,
-) -> None:
-    """Print what came of it and where to look.
-
-    entry: the run's in the record's history. not_finite, flat: images that could not be saved, and of one colour, of
-    which there may be more than are named.
-    """
+def conclude(config: JobConfig, model: JobModel, plan: Plan, coordinator: Coordinator, entry: RunEntry) -> None:
+    """Print what came of the run, whose entry in the record's history this is, and where to look."""
     seconds = entry.seconds() or 0
     rate = f" in {tqdm.format_interval(seconds)}, {entry.published / seconds:.2f} images/s" if seconds else ""
-    _print(
+    write(
         f"Done: {plan.num_items - len(entry.failed)} of {count(plan.num_items, 'image')} in {config.output_dir}, "
         f"{entry.published} of them made now{rate if entry.published else ''}"
     )
+    not_finite = set(coordinator.reported("failed"))
     bad = [item for item in entry.failed if item in not_finite]
     gone = [item for item in entry.failed if item not in not_finite]
-    _print_images("Failed", bad, "not finite; the same command tries again")
-    _print_images("Failed", gone, "gone or changed since written; the same command makes up for it")
-    _print_images("Warning", flat, "one single colour, which a model seldom means", num_flat)
-    if model.conditioning == "random":
-        warn_of_random_conditioning(config)
-    _print(f"Labels: {config.output_dir / MANIFEST_NAME}")
-    _print(f"Look at it: {config.output_dir / PREVIEW_NAME}")
-
-
-def _print_images(title: str, items: Sequence[Item], what: str, number: int | None = None) -> None:
-    """Print the number of images, all or more than `items`, and the first ones by name."""
-    number = number or len(items)
-    if items:
-        are = "image is" if number == 1 else "images are"
-        _print(f"{title}: {number} {are} {what}: {listed([file_name(*item) for item in items], number)}")
-
-
-def warn_of_numerics(name: str, before: object, after: object) -> None:
-    """Warn that a folder goes on with other numerics than it began with."""
-    threads = f"OMP_NUM_THREADS={before}, launched --num_cpu_threads_per_process {before},"
-    level = f"--png_compress_level {before}"
-    keeps = {"batch_size": f"--batch_size {before}", "threads_per_process": threads, "png_compress_level": level}.get(
-        name
-    )
-    remedy = f"; {keeps} keeps it" if keeps else ""
-    _warn(f"{name} was {before} when this folder was begun, is {after}; new images may differ in last bits{remedy}")
-
-
-def warn_of_mixture(name: str, process: str, here: object, there: object) -> None:
-    """Warn that a process has other numerics than the main process."""
-    _warn(f"{name} is {here} in {process}, {there} in the main process; last bits may depend on who makes an image")
-
-
-def note_precision(device_name: str) -> None:
-    """Print that the launcher's bf16 became fp16."""
-    _print(f"Note: the launcher's configuration says bf16, which {device_name} has not; made in fp16")
-
-
-def warn_of_shared_gpus(num_processes: int, num_gpus: int) -> None:
-    """Warn that processes share GPUs, which only makes them slower."""
-    _warn(
-        f"{count(num_processes, 'process', 'processes')} on this machine share {count(num_gpus, 'GPU')}; "
-        f"--num_processes {num_gpus}, after accelerate launch, is faster"
-    )
-
-
-def warn_of_missing_gpus(num_processes: int, num_present: int) -> None:
-    """Warn that a job meant for GPUs runs on the CPU."""
-    _warn(
-        f"torch finds no GPU ({count(num_present, 'is', 'are')} in /dev), so all is computed on the CPU, on this machine by "
-        f"{count(num_processes, 'process', 'processes')}; --device cuda makes that an error, --device cpu says that it is meant"
-    )
-
-
-def warn_of_memory(process: str, batch_size: int, free: int, needed: int) -> None:
-    """Warn that a GPU's memory is nearly full."""
-    _warn(
-        f"batches of {batch_size} leave {_bytes(free)} of the GPU's memory free in {process}; with less than {_bytes(needed)} "
-        "last bits may depend on what else is there, a smaller --batch_size leaves more"
-    )
-
-
-def warn_of_range(output_range: str) -> None:
-    """Warn that decoded images contradict `--vae_output_range`."""
-    other = "signed" if output_range == "unit" else "unit"
-    _warn(f"the decoded images contradict --vae_output_range {output_range}; --vae_output_range {other} may be right")
-
-
-def warn_of_random_conditioning(config: JobConfig) -> None:
-    """Warn that images will not show the users they are filed under."""
-    _warn(
-        f"the weights in {config.condition_encoder_path} do not fit; the condition encoder is RANDOM, images do not show "
-        "the users they are filed under, and every row says conditioning=random"
-    )
+    _write_images("Failed", bad, "not finite; the same command tries again")
+    _write_images("Failed", gone, "gone or changed since written; the same command makes up for it")
+    flat, num_flat = coordinator.reported("flat"), coordinator.num_reported("flat")
+    _write_images("Warning", flat, "one single colour, which a model seldom means", num_flat)
+    _warn_of_random_conditioning(config, model)
+    write(f"Labels: {config.output_dir / MANIFEST_NAME}")
+    write(f"Look at it: {config.output_dir / PREVIEW_NAME}")

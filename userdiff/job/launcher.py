@@ -1,6 +1,7 @@
 """What the launcher tells its processes through their environment, and the store it keeps for them."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -9,43 +10,26 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 CONNECT_TIMEOUT = timedelta(seconds=60)
 
 
-def process_index() -> int:
-    """Return this process's place among all processes of the job."""
-    return int(os.environ.get("RANK", "0"))
+def _number(name: str, alone: int) -> Callable[[], int]:
+    """Return a function that reads a number from the environment, `alone` where no launcher has set it."""
+    return lambda: int(os.environ.get(name, alone))
 
 
-def num_processes() -> int:
-    """Return the number of processes of the job."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def machine_index() -> int:
-    """Return this machine's place among those of the job. Two launches may have one host name."""
-    return int(os.environ.get("GROUP_RANK", "0"))
-
-
-def num_machines() -> int:
-    """Return the number of launches that make up the job, one a machine."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-
-
-def num_local_processes() -> int:
-    """Return the number of processes of the job on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+process_index = _number("RANK", 0)
+num_processes = _number("WORLD_SIZE", 1)
+machine_index = _number("GROUP_RANK", 0)  # unlike a host name, it is unique: one machine may run two launches
+num_machines = _number("GROUP_WORLD_SIZE", 1)
+num_local_processes = _number("LOCAL_WORLD_SIZE", 1)
+restart_count = _number("TORCHELASTIC_RESTART_COUNT", 0)  # how often the launcher restarted the group after a failure
 
 
 def wants_gpus() -> bool:
     """Return whether accelerate's configuration is one for GPUs: `use_cpu: false`, or half precision.
 
-    To several processes accelerate does not tell `use_cpu`, whatever it is.
+    Where it starts several processes, accelerate does not pass `use_cpu` on to them.
     """
     is_half = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") in ("bf16", "fp16")
     return is_half or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "false"
-
-
-def restart_count() -> int:
-    """Return how often the launcher has restarted this group of processes after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def address() -> str:
@@ -66,11 +50,16 @@ def open_store() -> Store:
 
 
 def process_group(timeout: timedelta) -> dict[str, Any]:
-    """Return the arguments of `torch.distributed.init_process_group` that join the launcher's processes over gloo.
+    """Return the arguments with which `torch.distributed.init_process_group` joins the launcher's processes over gloo.
 
-    They meet in `open_store`: in torch's own store, a restarted group can read the addresses of the one before, and hang.
+    They meet in `open_store`. In torch's own store, a restarted group could read the addresses of the one before, and hang.
     """
     store = PrefixStore("process_group", open_store())
     store.set_timeout(timeout)
-    group = {"backend": "gloo", "timeout": timeout, "store": store}
-    return {**group, "rank": process_index(), "world_size": num_processes()}
+    return {
+        "backend": "gloo",
+        "timeout": timeout,
+        "store": store,
+        "rank": process_index(),
+        "world_size": num_processes(),
+    }

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,62 +37,60 @@ _REMEDIES = {
 
 @contextmanager
 def open_folder(
-    config: JobConfig,
-    identity: dict[str, Any],
-    user_ids: Collection[int],
-    coordinator: Coordinator,
-    on_removed: Callable[[int], None],
-) -> Iterator[RunRecord | None]:
-    """Hold the output folder for this job; the value is the record that a job before it left, None in a new folder.
+    config: JobConfig, identity: dict[str, Any], coordinator: Coordinator
+) -> Iterator[tuple[RunRecord, int]]:
+    """Hold the output folder for this job; the value is its record and the number of images that --overwrite removed.
 
-    Raises UsageError where it is held by another job, or holds images of another identity or of unknown origin. With
-    --overwrite, what earlier jobs wrote is removed; `on_removed` is called with the number of images.
+    The record of a new folder has neither numerics nor history. Raises UsageError where another job holds the folder, or
+    where it holds images of another identity or of unknown origin. A dry run checks the same, and changes nothing.
     """
-    output_dir = config.output_dir
+    output_dir, shutdown = config.output_dir, coordinator.shutdown
     with ExitStack() as held:
-        with errors_of("--output_dir"):
-            # 1. The folder is there, and stays no longer than it is needed if nothing comes of it.
-            held.enter_context(locks.made_folder(output_dir))
-            # 2. No other job has it, ...
-            held.enter_context(locks.folder_lock(output_dir))
-            # 3. ... and no process that outlived an earlier job can still write to it.
-            locks.wait_for_writers(output_dir, on_poll=coordinator.check)
-        held.callback(_forget_writers, output_dir)
+        if config.dry_run:
+            _check_writable(output_dir)
+        else:
+            with errors_of("--output_dir"):
+                # 1. The folder exists; if this job leaves nothing in it, it is removed again.
+                held.enter_context(locks.made_folder(output_dir))
+                # 2. No other job has it, ...
+                held.enter_context(locks.folder_lock(output_dir))
+                # 3. ... and no process that outlived an earlier job can still write to it.
+                locks.wait_for_writers(output_dir, on_poll=coordinator.check)
+            held.callback(_forget_writers, output_dir)
         # 4. What lies there is ours and of the same identity, or may be removed; so far, nothing has been written.
         #    A group that its launcher restarted goes on where the first one failed, whatever --overwrite says.
         is_anew = config.overwrite and launcher.restart_count() == 0
-        own = own_images(config, user_ids, coordinator.shutdown) if is_anew else []
-        old = None if is_anew else checked_record(config, identity, coordinator.shutdown)
-        # 5. Every machine sees the folder. Only now may anything be removed.
-        held.enter_context(shared_folder.shown(output_dir, coordinator))
-        if is_anew:
-            _remove(output_dir, own)
-            on_removed(len(own))
-        yield old
+        own = _own_images(config, shutdown) if is_anew else []
+        record = None if is_anew else _checked_record(config, identity, shutdown)
+        if not config.dry_run:
+            # 5. Every machine sees the folder. Only now may anything be removed.
+            held.enter_context(shared_folder.shown(output_dir, coordinator))
+            if is_anew:
+                _remove(output_dir, own)
+        yield record or RunRecord(identity=identity, numerics={}), len(own)
 
 
-def check_folder(config: JobConfig, identity: dict[str, Any], shutdown: Shutdown) -> RunRecord | None:
-    """Run the checks of `open_folder` that change nothing, for a dry run; returns the folder's record."""
-    nearest = next(path for path in (config.output_dir, *config.output_dir.absolute().parents) if path.exists())
+def _check_writable(output_dir: Path) -> None:
+    """Raise UsageError where the folder, or the nearest one above it that exists, cannot be written to."""
+    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UsageError(f"--output_dir: {nearest} cannot be written to")
-    return None if config.overwrite else checked_record(config, identity, shutdown)
 
 
-def checked_record(config: JobConfig, identity: dict[str, Any], shutdown: Shutdown) -> RunRecord | None:
+def _checked_record(config: JobConfig, identity: dict[str, Any], shutdown: Shutdown) -> RunRecord | None:
     """Read the folder's record; raises UsageError where what lies there is not of this identity."""
     with errors_of("--output_dir"):
-        old = RunRecord.read(config.output_dir)
-    if old is None:
+        record = RunRecord.read(config.output_dir)
+    if record is None:
         _refuse_unknown_origin(config.output_dir, shutdown, identity_hash(identity))
-    elif changed := describe_differences(old.identity, identity):
-        precisions = [one.get("mixed_precision", "no") for one in (old.identity, identity)]
+    elif changed := describe_differences(record.identity, identity):
+        precisions = [one.get("mixed_precision", "no") for one in (record.identity, identity)]
         keeps = f"--mixed_precision {precisions[0]} keeps that; " if precisions[0] != precisions[1] else ""
         raise UsageError(
             f"--output_dir: {config.output_dir} holds images made otherwise ({changed}); {keeps}use another folder, or start "
             "again with --overwrite"
         )
-    return old
+    return record
 
 
 def _refuse_unknown_origin(output_dir: Path, shutdown: Shutdown, run: str | None = None) -> None:
@@ -119,7 +117,7 @@ def _refuse_unknown_origin(output_dir: Path, shutdown: Shutdown, run: str | None
                 )
 
 
-def own_images(config: JobConfig, user_ids: Collection[int], shutdown: Shutdown) -> list[Item]:
+def _own_images(config: JobConfig, shutdown: Shutdown) -> list[Item]:
     """Return the images that --overwrite removes: those with a row, and those whose text chunks say that a job made them.
 
     A user's folder that is a link leads to another place: there, only images with a row are known to be a job's. Raises
@@ -137,7 +135,7 @@ def own_images(config: JobConfig, user_ids: Collection[int], shutdown: Shutdown)
             path = output_dir / layout.file_name(*item)
             is_own = rows.of_image(*item) or (not path.parent.is_symlink() and _is_a_jobs(path))
             (own if is_own else foreign).append(item)
-    refuse_foreign_images(config, user_ids, foreign, "--overwrite")
+    refuse_foreign_images(config, foreign, "--overwrite")
     return own
 
 
@@ -146,9 +144,9 @@ def _is_a_jobs(path: Path) -> bool:
     return RUN_CHUNK in (read_text_chunks(path) or {}) or path.stat().st_size == 0
 
 
-def refuse_foreign_images(config: JobConfig, user_ids: Collection[int], foreign: Collection[Item], flag: str) -> None:
+def refuse_foreign_images(config: JobConfig, foreign: Collection[Item], flag: str) -> None:
     """Raise UsageError where an image of the job would take the place of one that no job is known to have made."""
-    asked_for = set(user_ids)
+    asked_for = set(config.user_ids or ())
     for user_id, image_index in foreign:
         if user_id in asked_for and image_index < config.num_images_per_user:
             path = config.output_dir / layout.file_name(user_id, image_index)
@@ -182,24 +180,31 @@ def _forget_writers(output_dir: Path) -> None:
 
 @contextmanager
 def history_entry(
-    output_dir: Path, run_record: RunRecord, entry: RunEntry, plan: Plan, coordinator: Coordinator
-) -> Iterator[None]:
-    """Keep `run.json` true while a run goes on: it says `running`, then how the run ended.
+    output_dir: Path, record: RunRecord, numerics: dict[str, Any], plan: Plan, coordinator: Coordinator
+) -> Iterator[RunEntry]:
+    """Keep `run.json` true while a run goes on: it says `running`, then how the run ended. The value is the run's entry.
 
     When the run ends early, the other processes get a moment to write what they have computed, as long as this process
     itself may take. An OSError goes on as Failed.
     """
+    entry = RunEntry(
+        started=now(),
+        num_processes=coordinator.num_processes,
+        user_ids=format_ids(plan.user_ids),
+        num_images_per_user=plan.num_images_per_user,
+        numerics=numerics,
+    )
 
     def note_early_end(error: BaseException, silent: Collection[str] = ()) -> None:
         entry.published = entry.published or num_part_rows(output_dir)
         if isinstance(error, Halted):
-            done = plan.num_items - plan.num_pending + entry.published
+            done = plan.num_done + entry.published
             error.progress = f"{done} of {plan.num_items} images are in {output_dir}"
         if isinstance(error, Stopped) and silent:  # maybe by a launcher, one of whose processes died
             entry.cause = f"no sign of life from {', '.join(silent)}"
             error.progress = f"{entry.cause}; {error.progress}"
         with suppress(OSError):  # the disk may be the cause; `running` without a holder says enough
-            run_record.end(output_dir, error)
+            record.end(output_dir, error)
 
     def end_early(error: BaseException) -> None:
         silent: list[str] = []
@@ -210,9 +215,9 @@ def history_entry(
 
     with coordinator.shutdown.last_words(note_early_end):
         try:
-            run_record.begin(output_dir, entry)
-            yield
-            run_record.end(output_dir)
+            record.begin(output_dir, entry)
+            yield entry
+            record.end(output_dir)
         except OSError as error:
             failed = disk_failure(error)
             end_early(failed)
@@ -220,17 +225,6 @@ def history_entry(
         except BaseException as error:
             end_early(error)
             raise
-
-
-def new_entry(numerics: dict[str, Any], plan: Plan, num_processes: int) -> RunEntry:
-    """Return the history's entry of a run that begins now."""
-    return RunEntry(
-        started=now(),
-        num_processes=num_processes,
-        user_ids=format_ids(plan.user_ids),
-        num_images_per_user=plan.num_images_per_user,
-        numerics=numerics,
-    )
 
 
 def disk_failure(error: OSError) -> Failed:

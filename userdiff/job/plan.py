@@ -40,6 +40,11 @@ class Plan:
         """The number of images that are still to be made."""
         return int(self.pending.sum())
 
+    @property
+    def num_done(self) -> int:
+        """The number of images that are asked for and made already."""
+        return self.num_items - self.num_pending
+
     def item(self, number: int) -> tuple[int, int]:
         """Return the (user_id, image_index) of an item number."""
         user, image_index = divmod(int(number), self.num_images_per_user)

@@ -1,11 +1,14 @@
 """One process's way through a job: join the others, load, plan (the main process), make images, merge.
 
-The only module that knows accelerate; what a process is goes from here to the others as plain values.
+The only module that knows accelerate. What a process is (its index, its device) goes to the other modules as plain values.
 """
 
+import json
+import os
+import re
 import zlib
-from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,11 +36,22 @@ from userdiff.job import console, launcher, output_folder, shared_folder, store
 from userdiff.job.plan import Plan, make_plan
 from userdiff.job.progress import show_reading
 from userdiff.job.store import Coordinator
-from userdiff.job.worker import FLAT_NAMED, make_images
+from userdiff.job.worker import make_images
 from userdiff.shutdown import Shutdown
+from userdiff.text import count
 from userdiff.tools.preview import preview_page
 
+_CPU_SETTINGS = (  # by which torch, oneDNN and MKL choose their kernels
+    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_CPU_ISA_HINTS", "DNNL_CPU_ISA_HINTS"),
+    *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR"),
+)
 JOIN_TIMEOUT = timedelta(minutes=10)  # for the machines of a launch to start
+
+_KEEPS = {  # what keeps a numeric as the folder began with it
+    "batch_size": "--batch_size {0}",
+    "png_compress_level": "--png_compress_level {0}",
+    "threads_per_process": "OMP_NUM_THREADS={0}, launched --num_cpu_threads_per_process {0},",
+}
 
 
 def run(config: JobConfig, shutdown: Shutdown) -> int:
@@ -71,8 +85,8 @@ def run(config: JobConfig, shutdown: Shutdown) -> int:
 def join_processes(requested_device: str) -> torch.device:
     """Join the launcher's process group, where there is one, and return the device of this process.
 
-    The device is resolved first: accelerate's launcher does not tell its processes to stay on the CPU. The group is
-    gloo on GPUs too; no collective is ever called, but accelerate hands out the GPUs by it.
+    The device is resolved first: accelerate's launcher does not tell its processes to stay on the CPU. The group is gloo
+    on GPUs too. No collective is ever called, but accelerate assigns the GPUs by it.
     """
     has_cuda = torch.cuda.is_available()
     if requested_device == "cuda" and not has_cuda:
@@ -83,7 +97,7 @@ def join_processes(requested_device: str) -> torch.device:
 
 
 def set_kernels(allow_tf32: bool) -> None:
-    """Fix what may choose between kernels: nothing is chosen by timing, and TF32 only where it was asked for."""
+    """Have no kernel chosen by timing, and TF32 used only where it was asked for."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = allow_tf32
@@ -91,7 +105,7 @@ def set_kernels(allow_tf32: bool) -> None:
 
 
 def compilation() -> Compilation | None:
-    """Read the launcher's `dynamo_config`."""
+    """Return how the launcher's `dynamo_config` has the models compiled; None where it does not."""
     dynamo = TorchDynamoPlugin()
     if dynamo.backend == DynamoBackend.NO:
         return None
@@ -106,58 +120,73 @@ def _precision(config: JobConfig, device: torch.device, coordinator: Coordinator
     precision: str = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "bf16" and not has_bf16(device):
         if coordinator.is_main_process:
-            console.note_precision(torch.cuda.get_device_name(device))
+            name = torch.cuda.get_device_name(device)
+            console.write(f"Note: the launcher's configuration says bf16, which {name} has not; made in fp16")
         return "fp16"
     return precision
 
 
 def _look_at_gpus(config: JobConfig, device: torch.device, coordinator: Coordinator) -> None:
     """Warn, once a machine, where its processes share a GPU, or should have GPUs and have none."""
-    num_processes, warns_here = launcher.num_local_processes(), f"gpus {coordinator.machine_index}"
+    processes = count(launcher.num_local_processes(), "process", "processes")
+    warns_here = f"gpus {coordinator.machine_index}"
     if device.type == "cuda":
         name = f"gpu {coordinator.machine_index} {torch.cuda.get_device_properties(device).uuid}"
         if not coordinator.is_first(name) and coordinator.is_first(warns_here):
-            console.warn_of_shared_gpus(num_processes, torch.cuda.device_count())
+            num_gpus = torch.cuda.device_count()
+            console.warn(
+                f"{processes} on this machine share {count(num_gpus, 'GPU')}; --num_processes {num_gpus}, after accelerate "
+                "launch, is faster"
+            )
     elif config.device == "auto" and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         num_present = len(list(Path("/dev").glob("nvidia[0-9]*")))
         if (num_present or launcher.wants_gpus()) and coordinator.is_first(warns_here):
-            console.warn_of_missing_gpus(num_processes, num_present)
+            console.warn(
+                f"torch finds no GPU ({count(num_present, 'is', 'are')} in /dev), so all is computed on the CPU, on this "
+                f"machine by {processes}; --device cuda makes that an error, --device cpu says that it is meant"
+            )
 
 
 # The job -------------------------------------------------------------------------------------------------------------
 
 
 def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
-    """Run one process of a job; what it needs to know of the others is in `coordinator`. Returns the exit status."""
-    if not coordinator.is_main_process:
-        return 0 if config.dry_run else _run_other(config, model, coordinator)
-    return _rehearse(config, model, coordinator) if config.dry_run else _run_main(config, model, coordinator)
+    """Run one process of a job, the main one or another; returns the exit status."""
+    config = replace(config, user_ids=config.user_ids or tuple(model.user_index))
+    if coordinator.is_main_process:
+        return _run_main(config, model, coordinator)
+    return 0 if config.dry_run else _run_other(config, model, coordinator)
 
 
 def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
-    """Play the main process's part: look, plan, make images, merge, conclude."""
+    """Find what is done, plan the rest, make images with the others, and merge; a dry run ends with the plan."""
     output_dir, recipe = config.output_dir, Recipe.of(model.identity, model.run)
-
-    def on_removed(number: int) -> None:
-        if number:
-            console.print_removed(config, number)
-
-    wanted = _wanted(config, model)
-    with output_folder.open_folder(config, model.identity, wanted, coordinator, on_removed) as old_record:
+    with output_folder.open_folder(config, model.identity, coordinator) as (record, num_removed):
         # What is there, and what is left to make.
-        found = _find(config, model, coordinator, old_record)
-        plan, run_record, numerics = _plan(config, model, coordinator, old_record, found)
+        is_as_if_removed = config.dry_run and config.overwrite
+        if num_removed or is_as_if_removed:
+            removed = "To be removed" if config.dry_run else "Removed"
+            console.write(f"{removed}: {count(num_removed, 'image')} of earlier runs, from {output_dir}")
+        found = (
+            Finished(Rows(), lost=[], foreign_files=[], foreign_images=[], has_manifest=False)
+            if is_as_if_removed
+            else _find(config, recipe, coordinator, record)
+        )
+        plan, numerics = _plan(config, model, coordinator, record, found)
+        if config.dry_run:
+            console.write(f"Dry run: nothing was made, and {output_dir} is as it was")
+            return 0
         # The folder as this run begins it. The manifest takes in what an interrupted run's parts hold.
         remove_temporaries(output_dir)
         with errors_of("--output_dir"):
             for user_id in plan.user_ids:
                 (output_dir / layout.file_name(user_id, 0)).parent.mkdir(exist_ok=True)
-        run_record.manifest_sha256 = write_manifest(output_dir, found.rows)
-        del found
-        entry = output_folder.new_entry(numerics, plan, coordinator.num_processes)
-        with output_folder.history_entry(output_dir, run_record, entry, plan, coordinator):
+        record.manifest_sha256 = write_manifest(output_dir, found.rows)
+        del found  # 60 bytes an image
+        with output_folder.history_entry(output_dir, record, numerics, plan, coordinator) as entry:
             # Every process, this one too, claims batches until none is left.
-            coordinator.publish_plan(model.run, numerics, plan.to_bytes())
+            coordinator.set("run", json.dumps([model.run, numerics]))
+            coordinator.set("plan", plan.to_bytes())
             with console.show_progress(output_dir, plan, coordinator) as refresh:
                 make_images(
                     config, model, plan, coordinator, compress_level=numerics["png_compress_level"], on_step=refresh
@@ -166,116 +195,113 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
                 coordinator.wait_for_all(refresh)
             entry.published = coordinator.published()[0]
             # What is there in the end is looked up, not assumed.
-            rows = find_finished(output_dir, recipe, run_record.manifest_sha256, trust_parts=True).rows
-            run_record.manifest_sha256 = write_manifest(output_dir, rows)
+            rows = find_finished(output_dir, recipe, record.manifest_sha256, trust_parts=True).rows
+            record.manifest_sha256 = write_manifest(output_dir, rows)
             missing = make_plan(plan.user_ids, plan.num_images_per_user, plan.batch_size, rows.image_indices())
             entry.failed = [missing.item(number) for number in missing.pending.nonzero()[0].tolist()]
-            page = preview_page(output_dir, rows, run_record, ended=datetime.now(timezone.utc))
+            page = preview_page(output_dir, rows, record, ended=datetime.now(timezone.utc))
             publish(output_dir / layout.PREVIEW_NAME, page)
-        not_finite = set(coordinator.reported("failed"))
-        flat, num_flat = coordinator.reported("flat", FLAT_NAMED), coordinator.num_reported("flat")
-    console.conclude(config, model, plan, entry, not_finite=not_finite, flat=flat, num_flat=num_flat)
+    console.conclude(config, model, plan, coordinator, entry)
     return 1 if entry.failed else 0
 
 
 def _run_other(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
-    """Play the part of any other process: see the folder, receive the plan, make images."""
+    """Check that this process sees the folder, receive the plan, and make images with the others."""
     shared_folder.look(config.output_dir, coordinator)
-    run_hash, numerics, packed = coordinator.receive_plan()
+    run_hash, numerics = json.loads(coordinator.wait_for("run"))
     if run_hash != model.run:
         raise UsageError(
             f"process {coordinator.process_index} has other models or other flags than the main process, or another "
             "precision; every machine needs the same files, the same command and, where that is bf16 or fp16, GPUs that all have "
             "bf16 or all have not"
         )
-    plan = Plan.from_bytes(packed)
+    plan = Plan.from_bytes(coordinator.wait_for("plan"))
     compress_level = numerics["png_compress_level"]
     for name, there, here in changed_numerics(numerics, numerics_of(config, model, plan.batch_size, compress_level)):
         if coordinator.is_first(f"{name} {here}"):
-            console.warn_of_mixture(name, coordinator.name, here, there)
+            console.warn(
+                f"{name} is {here} in {coordinator.name}, {there} in the main process; last bits may depend on who makes an "
+                "image"
+            )
     make_images(config, model, plan, coordinator, compress_level=compress_level, on_step=coordinator.check)
     coordinator.finish()
     return 0
 
 
-def _rehearse(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
-    """Check and print everything that a job would, and change nothing."""
-    old_record = output_folder.check_folder(config, model.identity, coordinator.shutdown)
-    if config.overwrite:
-        own = output_folder.own_images(config, _wanted(config, model), coordinator.shutdown)
-        console.print_removed(config, len(own))
-        found = Finished(Rows(), lost=[], foreign_files=[], foreign_images=[], has_manifest=False)
-    else:
-        found = _find(config, model, coordinator, old_record)
-    _plan(config, model, coordinator, old_record, found)
-    console.conclude_dry_run(config.output_dir)
-    return 0
-
-
-def _wanted(config: JobConfig, model: JobModel) -> tuple[int, ...]:
-    return config.user_ids or tuple(model.user_index)
-
-
-def _find(config: JobConfig, model: JobModel, coordinator: Coordinator, old_record: RunRecord | None) -> Finished:
+def _find(config: JobConfig, recipe: Recipe, coordinator: Coordinator, record: RunRecord) -> Finished:
     """Find what is finished; raises UsageError where images of unknown origin are in the way."""
     found = find_finished(
         config.output_dir,
-        Recipe.of(model.identity, model.run),
-        old_record.manifest_sha256 if old_record else None,
+        recipe,
+        record.manifest_sha256,
         track=lambda items, total: coordinator.shutdown.checked(show_reading(items, total)),
     )
-    output_folder.refuse_foreign_images(config, _wanted(config, model), found.foreign_images, "--output_dir")
+    output_folder.refuse_foreign_images(config, found.foreign_images, "--output_dir")
     return found
 
 
 def _plan(
-    config: JobConfig, model: JobModel, coordinator: Coordinator, old_record: RunRecord | None, found: Finished
-) -> tuple[Plan, RunRecord, dict[str, Any]]:
-    """Plan what is left and print it: (the plan, the record and the numerics of this run).
+    config: JobConfig, model: JobModel, coordinator: Coordinator, record: RunRecord, found: Finished
+) -> tuple[Plan, dict[str, Any]]:
+    """Plan what is left and print it; returns the plan and the numerics of this run.
 
     The record keeps the numerics of the first images; those of every run are in its history.
     """
-    known = old_record.numerics if old_record else {}
-    numerics = numerics_of(config, model, *config.batch_size_and_level(known, model.device.type))
-    plan = make_plan(
-        _wanted(config, model), config.num_images_per_user, numerics["batch_size"], found.rows.image_indices()
-    )
-    first = old_record.numerics if old_record and found.rows else numerics
-    for name, before, after in changed_numerics(first, numerics):
-        console.warn_of_numerics(name, before, after)
-    history = old_record.history if old_record else []
-    run_record = RunRecord(identity=model.identity, numerics=first, history=history)
+    batch_size, compress_level = config.batch_size_and_level(record.numerics, model.device.type)
+    numerics = numerics_of(config, model, batch_size, compress_level)
+    plan = make_plan(config.user_ids or (), config.num_images_per_user, batch_size, found.rows.image_indices())
+    if not (record.numerics and found.rows):
+        record.numerics = numerics
+    for name, before, after in changed_numerics(record.numerics, numerics):
+        remedy = f"; {_KEEPS[name].format(before)} keeps it" if name in _KEEPS else ""
+        console.warn(
+            f"{name} was {before} when this folder was begun, is {after}; new images may differ in last bits{remedy}"
+        )
     console.announce(config, model, plan, coordinator.num_processes, found)
-    if old_record and old_record.manifest_sha256 and not found.has_manifest:
-        console.note_manifest(config.output_dir)
-    return plan, run_record, numerics
+    if record.manifest_sha256 and not found.has_manifest:
+        what = "not as it was published" if (config.output_dir / layout.MANIFEST_NAME).exists() else "gone"
+        console.write(f"Note: {layout.MANIFEST_NAME} is {what}; its rows are made again from the images")
+    return plan, numerics
 
 
 def numerics_of(config: JobConfig, model: JobModel, batch_size: int, compress_level: int) -> dict[str, Any]:
-    """Return what may change last bits: on a CPU its threads, on a GPU the libraries that choose its kernels."""
-    numerics: dict[str, Any] = {
+    """Return what may change last bits: of a CPU its threads and kind, of a GPU the libraries that choose its kernels."""
+    is_gpu = model.device.type == "cuda"
+    numerics = {
         "batch_size": batch_size,
         "device": model.device_name,
         "compiled": model.compiled,
-        "threads_per_process": torch.get_num_threads(),
+        "threads_per_process": None if is_gpu else torch.get_num_threads(),
         "allow_tf32": config.allow_tf32,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "pillow": PIL.__version__,
         "png_compress_level": compress_level,
+        "zlib": zlib.ZLIB_RUNTIME_VERSION if compress_level <= MAX_FAST_LEVEL else None,
     }
-    if compress_level <= MAX_FAST_LEVEL:
-        numerics["zlib"] = zlib.ZLIB_RUNTIME_VERSION
-    if model.device.type == "cuda":
-        del numerics["threads_per_process"]
-        versions: Mapping[str, Any] = {
+    if is_gpu:
+        numerics |= {
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
             "cudnn": torch.backends.cudnn.version(),
             "triton": _triton_version() if model.compiled != "no" else None,
         }
-        numerics |= {name: value for name, value in versions.items() if value is not None}
-    return numerics
+    else:
+        numerics |= {
+            "cpu": _cpu_name(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "cpu_settings": " ".join(f"{name}={os.environ[name]}" for name in _CPU_SETTINGS if name in os.environ)
+            or "default",
+        }
+    return {name: value for name, value in numerics.items() if value is not None}
+
+
+def _cpu_name() -> str | None:
+    """Return the model of the CPU, as Linux has it: `AMD EPYC 7B13`; None elsewhere."""
+    with suppress(OSError):
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
+        return str(names[0]).strip() if names else None
+    return None
 
 
 def _triton_version() -> str | None:

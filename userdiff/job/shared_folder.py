@@ -1,5 +1,6 @@
 """Whether all machines share the output folder: found out before anything is written, not assumed."""
 
+import json
 import os
 import socket
 import time
@@ -29,7 +30,9 @@ def shown(output_dir: Path, coordinator: Coordinator) -> Iterator[None]:
             mark = shared_mark_path(output_dir)
             with errors_of("--output_dir"):
                 mark.touch()
-            coordinator.show(str(mark.absolute()))
+            coordinator.set("shown", json.dumps([socket.gethostname(), str(mark.absolute())]))
+            for machine in range(1, coordinator.num_machines):
+                coordinator.wait_for(f"seen/{machine}")
         yield
     finally:
         for path in shared_mark_paths(output_dir):
@@ -43,15 +46,16 @@ def look(output_dir: Path, coordinator: Coordinator) -> None:
     """
     if coordinator.machine_index == 0:
         return
-    mark = Path(coordinator.wait_for_shown())
+    main_host, path = json.loads(coordinator.wait_for("shown"))
+    mark = Path(path)
     for _ in range(NUM_LOOKS):
         if os.path.exists(output_dir / mark.name):  # noqa: PTH110 - Path.exists raises where it may not look
-            coordinator.note_seen()
+            coordinator.set(f"seen/{coordinator.machine_index}")
             return
         coordinator.check()
         time.sleep(LOOK_SECONDS)
     error = UsageError(
-        f"--output_dir: {socket.gethostname()} does not see what {coordinator.main_host()} wrote to {mark.parent}; "
+        f"--output_dir: {socket.gethostname()} does not see what {main_host} wrote to {mark.parent}; "
         "needed: a folder that all machines share"
     )
     coordinator.halt(error, cause=str(error))

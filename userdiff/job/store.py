@@ -10,10 +10,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch.distributed import DistError, Store
 
@@ -23,8 +23,10 @@ from userdiff.job.store_client import SignsOfLife, StoreClient
 from userdiff.seeds import Item
 from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
 
+MAX_NOTED = {"failed": math.inf, "flat": 1000}
+"""How many images of a kind are noted by name. A model gone wrong may make nothing but images of one colour."""
 POLL_SECONDS = 0.05
-MAIN_SECONDS = 10.0  # that others leave the main process to speak of what is wrong with the arguments or models
+MAIN_SECONDS = 10.0  # that others leave the main process to print what is wrong with the arguments or models
 
 T = TypeVar("T")
 
@@ -58,14 +60,14 @@ class Coordinator:
         self.num_processes = num_processes
         self.machine_index = machine_index
         self.num_machines = num_machines
-        self.name = f"process {process_index} on {socket.gethostname()}"  # as messages have it
+        self.name = f"process {process_index} on {socket.gethostname()}"  # in messages
         self.shutdown = shutdown or Shutdown()
         self._unreported = [0, 0]  # images and bytes published, of which the store has not heard
         self._count_lock = threading.Lock()
         self._signs = SignsOfLife()
         self._watched = range(1, num_processes) if process_index == 0 else range(1)
         self._client = StoreClient(open_store, self._pulse)
-        self._ask(lambda store: store.set(f"host/{process_index}", socket.gethostname()))
+        self.set(f"name/{process_index}", self.name)
 
     @property
     def is_main_process(self) -> bool:
@@ -78,88 +80,33 @@ class Coordinator:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         with suppress(Halted):  # the store may be gone
             if isinstance(error, UsageError) and not self.is_main_process:
-                self._wait_for_main()
+                # The main process finds the same error: it has time to print it, once for all, and to end the job.
+                _wait(lambda: self.shutdown.reason is not None, MAIN_SECONDS)
             if error is not None:
                 self.halt(error)
             self._ask(self._report_published)
-            self._ask(lambda store: store.set(f"left/{self.process_index}", ""))
+            self.set(f"left/{self.process_index}")
         self._client.close()
 
-    # Ending early
+    # What one process tells the others
 
-    def check(self) -> None:
-        """Raise Stopped or Failed if the job is to end early, and let the others know. Cheap: ask often."""
-        try:
-            self.shutdown.check()
-        except Halted as reason:
-            self.halt(reason)
-            raise
+    def set(self, key: str, value: str | bytes = "") -> None:
+        """Set a value, which any process may wait for."""
+        self._ask(lambda store: store.set(key, value))  # type: ignore[arg-type] # bytes go too
 
-    def halt(self, error: BaseException, cause: str | None = None) -> None:
-        """Make every process end, for this cause or for an error here; the first reason is the one that counts."""
-        if isinstance(error, Halted):
-            self.shutdown.set(error)
-        reason = {
-            "signal_number": error.signal_number if isinstance(error, Stopped) else None,
-            "cause": cause or f"{self.name}: {error or type(error).__name__}",
-            "exit_status": getattr(error, "exit_status", 1),
-        }
-        first = self._ask(lambda store: store.compare_set("halt", "", json.dumps(reason)))
-        self.shutdown.set(_halted(json.loads(first)))
-
-    def _wait_for_main(self) -> None:
-        """Leave the main process some time to find the same error, print it once for all, and end the job."""
-        deadline = time.monotonic() + MAIN_SECONDS
-        while time.monotonic() < deadline and self.shutdown.reason is None:
+    def wait_for(self, key: str, on_poll: Callable[[], None] = lambda: None) -> bytes:
+        """Return a value once a process has set it, calling `on_poll` until then."""
+        while not self._ask(lambda store: store.check([key])):
+            self.check()
+            on_poll()
             time.sleep(POLL_SECONDS)
+        return self._ask(lambda store: bytes(store.get(key)))
 
-    def wait_until_left(self, seconds: float) -> list[str]:
-        """Wait until the other processes have left or died, but not longer than this; returns the names of the dead."""
-        others = {index for index in range(self.num_processes) if index != self.process_index}
-        died: list[str] = []
-        deadline = time.monotonic() + seconds
-        while others and time.monotonic() < deadline:
-            others -= {other for other in others if self._ask(partial(_has_left, other))}
-            gone = [other for other in sorted(others) if self._signs.has_died(other, store_client.GONE_AFTER_PULSES)]
-            died += [self._ask(partial(_name, other)) for other in gone]
-            others -= set(gone)
-            time.sleep(POLL_SECONDS)
-        return died
+    def is_first(self, what: str) -> bool:
+        """Return whether no process has asked this of the same thing before."""
+        return self._add(f"asked/{what}", 1) == 1
 
-    # What all machines must see
-
-    def show(self, path: str) -> None:
-        """Name a file, and wait until a process of every other machine has seen it (main process)."""
-        self._ask(lambda store: store.set("shown", path))
-        seen = [f"seen/{machine}" for machine in range(1, self.num_machines)]
-        self._wait_until(lambda store: bool(store.check(seen)))
-
-    def wait_for_shown(self) -> str:
-        """Wait for the name of the file that the main process shows."""
-        self._wait_until(lambda store: bool(store.check(["shown"])))
-        return self._ask(lambda store: store.get("shown")).decode()
-
-    def note_seen(self) -> None:
-        """Note that a process of this machine has seen it."""
-        self._ask(lambda store: store.set(f"seen/{self.machine_index}", ""))
-
-    def main_host(self) -> str:
-        """Return the host name of the main process."""
-        return self._ask(lambda store: _host(store, 0))
-
-    # The plan and its batches
-
-    def publish_plan(self, run: str, numerics: Mapping[str, Any], plan: bytes) -> None:
-        """Publish the frozen plan, with the identity hash and the numerics it is for (main process)."""
-        message = json.dumps([run, numerics]).encode() + b"\n" + plan
-        self._ask(lambda store: store.set("plan", message))  # type: ignore[arg-type] # bytes go too
-
-    def receive_plan(self) -> tuple[str, dict[str, Any], bytes]:
-        """Wait for what the main process publishes: (identity hash, its numerics, the frozen plan)."""
-        self._wait_until(lambda store: bool(store.check(["plan"])))
-        header, _, plan = self._ask(lambda store: bytes(store.get("plan"))).partition(b"\n")
-        run, numerics = json.loads(header)
-        return run, numerics, plan
+    # Batches
 
     def next_batch(self) -> int:
         """Claim the next batch: 0, 1, 2, ..., each given to one process alone."""
@@ -173,15 +120,12 @@ class Coordinator:
     def finish(self) -> None:
         """Note that this process has nothing left to compute or write."""
         self._ask(self._report_published)
-        self._add("finished", 1)
+        self.set(f"finished/{self.process_index}")
 
     def wait_for_all(self, on_poll: Callable[[], None]) -> None:
-        """Wait until every process has finished, calling `on_poll` in between."""
-
-        def all_finished(store: Store) -> bool:
-            return int(store.add("finished", 0)) >= self.num_processes
-
-        self._wait_until(all_finished, on_poll)
+        """Wait until every process has finished, calling `on_poll` until then."""
+        for process_index in range(self.num_processes):
+            self.wait_for(f"finished/{process_index}", on_poll)
 
     # Progress and failures
 
@@ -204,28 +148,60 @@ class Coordinator:
         self._ask(self._report_published)
         return self._add("published", 0), self._add("published_bytes", 0)
 
-    def report(self, kind: str, item: Item, limit: float = math.inf) -> None:
-        """Count an image of a kind, and note which one, if no more than `limit` have been.
+    def report(self, kind: str, item: Item) -> None:
+        """Count an image of a kind, and note which one it is unless MAX_NOTED have been noted.
 
         kind: `failed`, an image that could not be made, or `flat`, one of a single colour.
         """
-        number = self._add(f"num_{kind}", 1) - 1
-        if number < limit:
-            self._ask(lambda store: store.set(f"{kind}/{number}", json.dumps(item)))
+        number = self._add(f"num_{kind}", 1)
+        if number <= MAX_NOTED[kind]:
+            self.set(f"{kind}/{number}", json.dumps(item))
 
     def num_reported(self, kind: str) -> int:
         """Return how many images of a kind all processes have reported so far."""
         return self._add(f"num_{kind}", 0)
 
-    def reported(self, kind: str, limit: float = math.inf) -> list[Item]:
-        """Return the images of a kind that were noted, sorted. All are there once `wait_for_all` has returned."""
-        keys = [f"{kind}/{number}" for number in range(int(min(self.num_reported(kind), limit)))]
-        items = [json.loads(self._ask(lambda store, key=key: store.get(key))) for key in keys]  # type: ignore[misc]
+    def reported(self, kind: str) -> list[Item]:
+        """Return the images of a kind that were noted so far, sorted."""
+        numbers = range(1, int(min(self.num_reported(kind), MAX_NOTED[kind])) + 1)
+        items = [json.loads(self.wait_for(f"{kind}/{number}")) for number in numbers]
         return sorted((user_id, image_index) for user_id, image_index in items)
 
-    def is_first(self, what: str) -> bool:
-        """Return whether no process has asked this of the same thing before."""
-        return self._add(f"asked/{what}", 1) == 1
+    # Ending early
+
+    def check(self) -> None:
+        """Raise Stopped or Failed if the job is to end early, and let the others know. Cheap: call it often."""
+        try:
+            self.shutdown.check()
+        except Halted as reason:
+            self.halt(reason)
+            raise
+
+    def halt(self, error: BaseException, cause: str | None = None) -> None:
+        """Make every process end, for this cause or for an error here; the first reason is the one that counts."""
+        if isinstance(error, Halted):
+            self.shutdown.set(error)
+        cause = cause or f"{self.name}: {error or type(error).__name__}"
+        exit_status = getattr(error, "exit_status", 1)
+        signal_number = error.signal_number if isinstance(error, Stopped) else None
+        self.shutdown.set(self._ask(lambda store: _set_reason(store, cause, exit_status, signal_number)))
+
+    def wait_until_left(self, seconds: float) -> list[str]:
+        """Wait until the other processes have left or died, but not longer than this; returns the names of the dead."""
+        others = {index for index in range(self.num_processes) if index != self.process_index}
+        dead: list[str] = []
+
+        def have_left() -> bool:
+            for other in sorted(others):
+                if self._ask(partial(_has_left, other)):
+                    others.remove(other)
+                elif self._signs.has_died(other, store_client.GONE_AFTER_PULSES):
+                    others.remove(other)
+                    dead.append(self._ask(partial(_name, other)))
+            return not others
+
+        _wait(have_left, seconds)
+        return dead
 
     # The store
 
@@ -238,25 +214,18 @@ class Coordinator:
     def _add(self, key: str, number: int) -> int:
         return self._ask(lambda store: int(store.add(key, number)))
 
-    def _wait_until(self, condition: Callable[[Store], bool], on_poll: Callable[[], None] = lambda: None) -> None:
-        while not self._ask(condition):
-            self.check()
-            on_poll()
-            time.sleep(POLL_SECONDS)
-
     def _store_lost(self, error: DistError) -> Halted:
         """Return why the store is gone: it lives and dies with the launcher, ours or that of the first machine."""
-        deadline = time.monotonic() + 1  # its connections close a moment before its children become orphans
-        while time.monotonic() < deadline:
-            if self.shutdown.is_orphan():
-                return Stopped(signal.SIGTERM, is_alone=True)
-            time.sleep(POLL_SECONDS)
+        if _wait(
+            self.shutdown.is_orphan, seconds=1
+        ):  # its connections close a moment before its children become orphans
+            return Stopped(signal.SIGTERM, is_alone=True)
         return Failed(
             f"lost contact with the launcher on {launcher.address()} ({str(error).splitlines()[0]})", is_alone=True
         )
 
     def _pulse(self, store: Store) -> None:
-        """Give a sign of life, look for one from the others and, until there is a reason to end, look for one."""
+        """Give a sign of life, look for those of others, and look for a reason to end until there is one."""
         try:
             store.add(f"beat/{self.process_index}", 1)
             self._report_published(store)
@@ -272,27 +241,33 @@ class Coordinator:
         for other in self._watched:
             if self._signs.has_died(other, store_client.LOST_AFTER_PULSES) and not _has_left(other, store):
                 seconds = store_client.LOST_AFTER_PULSES * store_client.PULSE_SECONDS
-                cause = f"{_name(other, store)} has given no sign of life for {seconds:.0f} s"
-                reason = {"signal_number": None, "cause": cause, "exit_status": 1}
-                store.compare_set("halt", "", json.dumps(reason))
+                _set_reason(store, f"{_name(other, store)} has given no sign of life for {seconds:.0f} s")
         if store.check(["halt"]):
-            self.shutdown.set(_halted(json.loads(store.get("halt"))))
+            self.shutdown.set(_reason(store.get("halt")))
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait until a condition holds, but not longer than this; returns whether it does."""
+    deadline = time.monotonic() + seconds
+    while not (holds := condition()) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    return holds
 
 
 def _has_left(process_index: int, store: Store) -> bool:
     return bool(store.check([f"left/{process_index}"]))
 
 
-def _halted(reason: dict[str, Any]) -> Halted:
-    if reason["signal_number"] is not None:
-        return Stopped(reason["signal_number"])
-    return Failed(reason["cause"], reason["exit_status"])
-
-
 def _name(process_index: int, store: Store) -> str:
-    return f"process {process_index} on {_host(store, process_index)}"
+    key = f"name/{process_index}"
+    return store.get(key).decode() if store.check([key]) else f"process {process_index} on an unknown machine"
 
 
-def _host(store: Store, process_index: int) -> str:
-    key = f"host/{process_index}"
-    return store.get(key).decode() if store.check([key]) else "an unknown machine"
+def _set_reason(store: Store, cause: str, exit_status: int = 1, signal_number: int | None = None) -> Halted:
+    """Set the reason to end the job, where there is none yet; returns the one that counts."""
+    return _reason(store.compare_set("halt", "", json.dumps([cause, exit_status, signal_number])))
+
+
+def _reason(packed: bytes) -> Halted:
+    cause, exit_status, signal_number = json.loads(packed)
+    return Failed(cause, exit_status) if signal_number is None else Stopped(signal_number)

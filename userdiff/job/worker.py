@@ -27,7 +27,6 @@ from userdiff.shutdown import Halted
 
 WRITER_THREADS = 4
 PENDING_BATCHES = 2  # to be encoded and written while the next one computes; more would only hold memory
-FLAT_NAMED = 1000  # images of one colour that are noted by name: a model gone wrong makes nothing else
 DRAIN_SECONDS = 5.0  # for what is computed to be written, when a job ends early
 
 
@@ -57,15 +56,16 @@ def make_images(
             part.append(recipe.row(*item, size=(pixels.shape[1], pixels.shape[0]), png=png))
             coordinator.count_published(1, num_bytes=len(png))
             if is_flat(pixels):
-                coordinator.report("flat", item, FLAT_NAMED)
+                coordinator.report("flat", item)
 
-        is_first = True
-        for number, batch in _batches(config, model, plan, coordinator, on_step):
+        for num_before, (number, batch) in enumerate(_batches(config, model, plan, coordinator, on_step)):
             if number == 0 and batch.contradicts_range:
-                console.warn_of_range(config.vae_output_range)
-            if is_first:
+                chosen, other = config.vae_output_range, {"unit": "signed", "signed": "unit"}[config.vae_output_range]
+                console.warn(
+                    f"the decoded images contradict --vae_output_range {chosen}; --vae_output_range {other} may be right"
+                )
+            if num_before == 0:
                 _look_at_memory(model, plan, coordinator)
-                is_first = False
             for item, pixels in batch.images():
                 if pixels is None:
                     coordinator.report("failed", item)
@@ -74,10 +74,14 @@ def make_images(
 
 
 def _look_at_memory(model: JobModel, plan: Plan, coordinator: Coordinator) -> None:
-    """Warn, for the first GPU on which that is so, where a batch leaves too little memory."""
-    free = gpu_errors.free_memory(model.device)
-    if free is not None and free < gpu_errors.HEADROOM and coordinator.is_first("memory"):
-        console.warn_of_memory(coordinator.name, plan.batch_size, free, gpu_errors.HEADROOM)
+    """Warn where a batch leaves too little of a GPU's memory; once a job, for the first GPU where that is so."""
+    free, needed = gpu_errors.free_memory(model.device), gpu_errors.HEADROOM
+    if free is not None and free < needed and coordinator.is_first("memory"):
+        console.warn(
+            f"batches of {plan.batch_size} leave {console.format_bytes(free)} of the GPU's memory free in "
+            f"{coordinator.name}; with less than {console.format_bytes(needed)} last bits may depend on what else is there, a "
+            "smaller --batch_size leaves more"
+        )
 
 
 def _batches(
