@@ -3,6 +3,7 @@
 Shares no code with the package: diffusers' own loading, its own DDIM step with its own noise, the seed by hand.
 """
 
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 
@@ -37,8 +38,14 @@ def oracle_image(
     eta: float = 0.0,
     signed: bool = False,
     user_index: int | None = None,
+    size: int | None = None,
+    scheduler: DDIMScheduler | None = None,
+    unscale: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> np.ndarray:
-    """[height, width, channels] uint8."""
+    """[height, width, channels] uint8.
+
+    size, scheduler, unscale: where the definition is another than the files of `folder` say.
+    """
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).eval()
     if (folder / "scheduler").is_dir():
@@ -52,16 +59,16 @@ def oracle_image(
             clip_sample=False,
             prediction_type="epsilon",
         )
-    scheduler = DDIMScheduler.from_config(noise_scheduler.config)
+    scheduler = scheduler or DDIMScheduler.from_config(noise_scheduler.config)
     scheduler.set_timesteps(steps)
     condition = oracle_condition(folder, user_id - 1 if user_index is None else user_index)[:, None]
     generator = torch.Generator().manual_seed(oracle_seed(seed, user_id, image_index))
-    size = unet.config.sample_size
+    size = size or unet.config.sample_size
     latents = torch.randn((1, unet.config.in_channels, size, size), generator=generator)
     for timestep in scheduler.timesteps:
         noise_pred = unet(latents, timestep, condition).sample
         latents = scheduler.step(noise_pred, timestep, latents, eta=eta, generator=generator).prev_sample
-    image = vae.decode(latents / vae.config.scaling_factor).sample
+    image = vae.decode(unscale(latents) if unscale else latents / vae.config.scaling_factor).sample
     if signed:
         image = (image + 1) / 2
     image = image.clamp(0, 1)[0].permute(1, 2, 0).numpy()

@@ -41,12 +41,6 @@ def test_half_precision_weights_come_back_as_float32(folder):
     assert {parameter.dtype for parameter in models.load_unet(folder).parameters()} == {torch.float32}
 
 
-def test_bin_weights_load_too(folder):
-    torch.save(load_file(folder / "unet" / WEIGHTS), folder / "unet" / "diffusion_pytorch_model.bin")
-    (folder / "unet" / WEIGHTS).unlink()
-    models.load_unet(folder)
-
-
 def damage_shape(folder):
     edit_tensors(folder / WEIGHTS, lambda tensors: tensors.update({"conv_in.weight": torch.zeros(8, 5, 3, 3)}))
 
@@ -70,13 +64,13 @@ def damage_truncated(folder):
 DAMAGES = {
     "another shape": (
         damage_shape,
-        r"has conv_in.weight with shape \[8, 5, 3, 3\], needed \[8, 4, 3, 3\] by its config.json",
+        r"has conv_in.weight with shape \[8, 5, 3, 3\], needed by .*config.json: \[8, 4, 3, 3\]",
     ),
-    "one missing": (damage_missing, "has no tensor conv_out.bias, needed by its config.json"),
-    "one too many": (damage_extra, "has a tensor class_embedding.weight that its config.json has no place for"),
+    "one missing": (damage_missing, "has no tensor conv_out.bias, needed by .*config.json"),
+    "one too many": (damage_extra, "has a tensor class_embedding.weight .*: no such tensor"),
     "NaN": (damage_nan, "holds NaN or infinity in conv_in.bias"),
-    "truncated": (damage_truncated, "holds weights that cannot be read; a file of it is empty, cut short"),
-    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"holds no weights, needed: {WEIGHTS}"),
+    "truncated": (damage_truncated, "cannot be read as a safetensors file; it is cut short"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"holds no weights .*needed: {WEIGHTS}"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
     "config is not JSON": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not JSON"),
     "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "is not a JSON object"),

@@ -146,8 +146,9 @@ def schedule_beside(unet_path: Path) -> Path | None:
     """
     folder = unet_path if unet_path.is_dir() else unet_path.parent
     folder = folder.absolute()  # the parent of `.` is not `.`
-    places = (folder, folder / "scheduler", folder.parent / "scheduler" if _is_component(folder) else folder)
-    found = [place / SCHEDULE_NAME for place in dict.fromkeys(places) if (place / SCHEDULE_NAME).is_file()]
+    of_pipeline = (folder.parent / "scheduler",) if _is_component(folder) else (folder / "unet",)
+    places = (folder, folder / "scheduler", *of_pipeline)
+    found = [place / SCHEDULE_NAME for place in places if (place / SCHEDULE_NAME).is_file()]
     if len(found) > 1 and read_json(found[0]) != read_json(found[1]):
         raise ValueError(
             f"{found[0]} and {found[1]} differ, and either might be the UNet's; name the one that is meant"

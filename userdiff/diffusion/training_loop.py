@@ -88,9 +88,9 @@ def generate_samples(
             )
             sampled = sampled[: len(batch)]
             if not start and contradicts_range(sampled, vae_output_range):
-                warnings.warn(f"the decoded images contradict vae_output_range={vae_output_range!r}", stacklevel=2)
+                warnings.warn(f"the decoded images contradict vae_output_range={vae_output_range!r}", stacklevel=3)
             if not finite_images(sampled).all():
-                warnings.warn("some of the decoded images are not finite", stacklevel=2)
+                warnings.warn("some of the decoded images are not finite", stacklevel=3)
             images.append(to_uint8(sampled).cpu())
     return torch.cat(images)
 

@@ -7,8 +7,10 @@ module's own (`own_tensors`). Neither is ever guessed: where two answers are pos
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,7 +175,8 @@ def _read_file(file: Path, on_note: Callable[[str], None]) -> Any:
                 f"{file} cannot be read as a safetensors file; it is cut short, or not one; save or copy it again"
             ) from error
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with _no_warnings():  # of what is then refused
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # pickle and zip each fail in ways of their own
@@ -202,7 +205,8 @@ def _read_foreign(file: Path, on_note: Callable[[str], None]) -> Any:
     """Read a pickle that holds objects beside its tensors: the tensors are loaded, and of the rest nothing is run."""
     foreign: list[str] = []
     try:
-        content = torch.load(file, map_location="cpu", weights_only=False, pickle_module=_inert_pickle(foreign))
+        with _no_warnings():
+            content = torch.load(file, map_location="cpu", weights_only=False, pickle_module=_inert_pickle(foreign))
     except Exception as error:  # pickle and zip each fail in ways of their own
         what = f"it holds {listed(foreign, limit=3)}, " if foreign else ""
         raise ValueError(
@@ -211,6 +215,13 @@ def _read_foreign(file: Path, on_note: Callable[[str], None]) -> Any:
         ) from error
     on_note(f"{file} also holds {listed(sorted(set(foreign)), limit=3)}; only its tensors were loaded")
     return content
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class _Foreign:
@@ -315,11 +326,14 @@ def load_own(
     found: list[tuple[dict[str, Tensor], Path]] = []
     for weights in sets:
         file = weights.files[0].with_name(weights.name)
+        notes: list[str] = []
         try:
-            found.append((own_tensors(read(weights, on_note), needed, str(file), preferred), file))
-        except NoFitError:
-            if len(sets) == 1:
-                raise
+            found.append((own_tensors(read(weights, notes.append), needed, str(file), preferred), file))
+        except ValueError as error:
+            if len(sets) == 1 or not isinstance(error, NoFitError):
+                raise type(error)("; ".join([str(error), *notes])) from error
+        for note in notes:
+            on_note(note)
     if not found:
         folder = sets[0].files[0].parent
         raise NoFitError(

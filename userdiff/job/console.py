@@ -126,8 +126,9 @@ def _decoding(vae: Any) -> str:
 
 
 def _schedule(noise: Any) -> str:
-    betas = f"{noise.beta_schedule} {noise.beta_start:g} to {noise.beta_end:g}"
-    if noise.trained_betas is not None:
+    if noise.trained_betas is None:
+        betas = f"{noise.beta_schedule} {noise.beta_start:g} to {noise.beta_end:g}"
+    else:
         betas = f"trained_betas {noise.trained_betas[0]:g} to {noise.trained_betas[-1]:g}"
     clipped = f"clipped to {noise.clip_sample_range:g}" if noise.clip_sample else "not clipped"
     if noise.thresholding:
