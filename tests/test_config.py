@@ -248,6 +248,19 @@ def test_a_config_built_directly_checks_itself(name, value, message):
     assert str(raised.value) == message
 
 
+def test_a_folder_that_another_process_makes_meanwhile_is_no_file(tmp_path, monkeypatch):
+    is_dir = Path.is_dir
+
+    def look_and_make(path):
+        found = is_dir(path)
+        if not found:
+            path.mkdir()
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", look_and_make)
+    assert JobConfig(**OWN_MODEL, output_dir=tmp_path / "out").output_dir == tmp_path / "out"
+
+
 def test_as_many_trained_ids_as_rows_are_right():
     assert JobConfig(**OWN_MODEL, train_user_ids=tuple(range(2, 33))).train_user_ids == tuple(range(2, 33))
 

@@ -319,9 +319,10 @@ class JobConfig:
             if any("\ud800" <= letter <= "\udfff" for letter in str(self.output_dir)):  # how Python reads other bytes
                 raise ValueError(f"{self.output_dir} is not UTF-8, needed: a name that the pages and lines can hold")
             for folder in (self.output_dir, *self.output_dir.parents):
-                if folder.is_dir():
-                    return
+                # Looked up in this order: another process of the job may make the folder in between.
                 if os.path.lexists(folder):
+                    if folder.is_dir():
+                        return
                     kind = "a link that leads nowhere" if folder.is_symlink() else "a file"
                     raise ValueError(f"{folder} is {kind}, needed: a folder, or a path where one can be made")
 

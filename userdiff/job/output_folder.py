@@ -14,7 +14,8 @@ from userdiff.dataset.manifest import is_manifest, num_part_rows, recorded_rows
 from userdiff.dataset.png import RUN_CHUNK, read_text_chunks
 from userdiff.dataset.run_record import RunEntry, RunRecord, now
 from userdiff.dataset.scan import user_folders
-from userdiff.identity import describe_differences, identity_hash
+from userdiff.diffusion.model import JobModel
+from userdiff.identity import describe_differences
 from userdiff.job import launcher, shared_folder
 from userdiff.job.plan import Plan
 from userdiff.job.store import Coordinator
@@ -36,9 +37,7 @@ _REMEDIES = {
 
 
 @contextmanager
-def open_folder(
-    config: JobConfig, identity: dict[str, Any], coordinator: Coordinator
-) -> Iterator[tuple[RunRecord, int]]:
+def open_folder(config: JobConfig, model: JobModel, coordinator: Coordinator) -> Iterator[tuple[RunRecord, int]]:
     """Hold the output folder for this job; the value is its record and the number of images that --overwrite removed.
 
     The record of a new folder has neither numerics nor history. Raises UsageError where another job holds the folder, or
@@ -60,14 +59,14 @@ def open_folder(
         # 4. What lies there is ours and of the same identity, or may be removed; so far, nothing has been written.
         #    A group that its launcher restarted goes on where the first one failed, whatever --overwrite says.
         is_anew = config.overwrite and launcher.restart_count() == 0
-        own = _own_images(config, shutdown) if is_anew else []
-        record = None if is_anew else _checked_record(config, identity, shutdown)
+        own = _own_images(config, model, shutdown) if is_anew else []
+        record = None if is_anew else _checked_record(config, model, shutdown)
         if not config.dry_run:
             # 5. Every machine sees the folder. Only now may anything be removed.
             held.enter_context(shared_folder.shown(output_dir, coordinator))
             if is_anew:
                 _remove(output_dir, own)
-        yield record or RunRecord(identity=identity, numerics={}), len(own)
+        yield record or RunRecord(identity=model.identity, numerics={}), len(own)
 
 
 def _check_writable(output_dir: Path) -> None:
@@ -77,14 +76,14 @@ def _check_writable(output_dir: Path) -> None:
         raise UsageError(f"--output_dir: {nearest} cannot be written to")
 
 
-def _checked_record(config: JobConfig, identity: dict[str, Any], shutdown: Shutdown) -> RunRecord | None:
-    """Read the folder's record; raises UsageError where what lies there is not of this identity."""
+def _checked_record(config: JobConfig, model: JobModel, shutdown: Shutdown) -> RunRecord | None:
+    """Read the folder's record; raises UsageError where what lies there is not of the model's identity."""
     with errors_of("--output_dir"):
         record = RunRecord.read(config.output_dir)
     if record is None:
-        _refuse_unknown_origin(config.output_dir, shutdown, identity_hash(identity))
-    elif changed := describe_differences(record.identity, identity):
-        precisions = [one.get("mixed_precision", "no") for one in (record.identity, identity)]
+        _refuse_unknown_origin(config.output_dir, shutdown, model.run)
+    elif changed := describe_differences(record.identity, model.identity):
+        precisions = [one.get("mixed_precision", "no") for one in (record.identity, model.identity)]
         keeps = f"--mixed_precision {precisions[0]} keeps that; " if precisions[0] != precisions[1] else ""
         raise UsageError(
             f"--output_dir: {config.output_dir} holds images made otherwise ({changed}); {keeps}use another folder, or start "
@@ -117,7 +116,7 @@ def _refuse_unknown_origin(output_dir: Path, shutdown: Shutdown, run: str | None
                 )
 
 
-def _own_images(config: JobConfig, shutdown: Shutdown) -> list[Item]:
+def _own_images(config: JobConfig, model: JobModel, shutdown: Shutdown) -> list[Item]:
     """Return the images that --overwrite removes: those with a row, and those whose text chunks say that a job made them.
 
     A user's folder that is a link leads to another place: there, only images with a row are known to be a job's. Raises
@@ -135,7 +134,7 @@ def _own_images(config: JobConfig, shutdown: Shutdown) -> list[Item]:
             path = output_dir / layout.file_name(*item)
             is_own = rows.of_image(*item) or (not path.parent.is_symlink() and _is_a_jobs(path))
             (own if is_own else foreign).append(item)
-    refuse_foreign_images(config, foreign, "--overwrite")
+    refuse_foreign_images(config, model, foreign, "--overwrite")
     return own
 
 
@@ -144,9 +143,9 @@ def _is_a_jobs(path: Path) -> bool:
     return RUN_CHUNK in (read_text_chunks(path) or {}) or path.stat().st_size == 0
 
 
-def refuse_foreign_images(config: JobConfig, foreign: Collection[Item], flag: str) -> None:
+def refuse_foreign_images(config: JobConfig, model: JobModel, foreign: Collection[Item], flag: str) -> None:
     """Raise UsageError where an image of the job would take the place of one that no job is known to have made."""
-    asked_for = set(config.user_ids or ())
+    asked_for = set(config.user_ids or model.user_index)
     for user_id, image_index in foreign:
         if user_id in asked_for and image_index < config.num_images_per_user:
             path = config.output_dir / layout.file_name(user_id, image_index)

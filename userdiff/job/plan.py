@@ -17,7 +17,7 @@ PADDING = -1  # a row of a batch that no image needs
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run is asked for and what of it is left, frozen by the main process for all the others.
+    """What a run is asked for and what of it is left, frozen by the main process for all others.
 
     Item number i is image `i % num_images_per_user` of the user `user_ids[i // num_images_per_user]`.
     """
@@ -35,7 +35,7 @@ class Plan:
         """The number of images that are asked for, made or not."""
         return len(self.user_ids) * self.num_images_per_user
 
-    @property
+    @cached_property
     def num_pending(self) -> int:
         """The number of images that are still to be made."""
         return int(self.pending.sum())
@@ -53,17 +53,17 @@ class Plan:
     @cached_property
     def batches(self) -> NDArray[np.int64]:
         """[num_batches, batch_size] item numbers or PADDING: batch k takes the k-th pending item of every slot."""
-        items, slot = np.flatnonzero(self.pending), self._pending_slots()
-        queue_lengths = np.bincount(slot, minlength=self.batch_size)
-        batches = np.full((int(queue_lengths.max(initial=0)), self.batch_size), PADDING, dtype=np.int64)
+        slot = self._pending_slots()
+        lengths = np.bincount(slot, minlength=self.batch_size)
         by_slot = np.argsort(slot, kind="stable")  # stable: within a slot, (user_id, image_index) order stays
-        ends = np.cumsum(queue_lengths)
-        for row, (end, length) in enumerate(zip(ends.tolist(), queue_lengths.tolist(), strict=True)):
-            batches[:length, row] = items[by_slot[end - length : end]]
+        items = np.flatnonzero(self.pending)[by_slot]
+        batches = np.full((int(lengths.max()), self.batch_size), PADDING, dtype=np.int64)
+        for row, queue in enumerate(np.split(items, np.cumsum(lengths)[:-1])):
+            batches[: len(queue), row] = queue
         return batches
 
     def _pending_slots(self) -> NDArray[np.uint16]:
-        """Slots of the pending items, user by user, so that no array but the answer has an entry for each item."""
+        """[num_pending] slots, computed user by user so that no other array has an entry for each item."""
         of_users = [np.zeros(0, np.uint16)]
         for user_id, pending in zip(self.user_ids, self.pending.reshape(len(self.user_ids), -1), strict=True):
             image_indices = np.flatnonzero(pending)
@@ -73,22 +73,20 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """Pack the plan for the store: a bit an item, compressed."""
-        header = [self.user_ids, self.num_images_per_user, self.batch_size]
-        return json.dumps(header).encode() + b"\n" + zlib.compress(np.packbits(self.pending).tobytes())
+        header = json.dumps([self.user_ids, self.num_images_per_user, self.batch_size])
+        return header.encode() + b"\n" + zlib.compress(np.packbits(self.pending).tobytes())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Plan":
         """Unpack what `to_bytes` packed."""
         header, _, bits = data.partition(b"\n")
         user_ids, num_images_per_user, batch_size = json.loads(header)
-        pending = np.unpackbits(
-            np.frombuffer(zlib.decompress(bits), dtype=np.uint8), count=len(user_ids) * num_images_per_user
-        )
+        packed = np.frombuffer(zlib.decompress(bits), dtype=np.uint8)
         return cls(
             user_ids=tuple(user_ids),
             num_images_per_user=num_images_per_user,
             batch_size=batch_size,
-            pending=pending.astype(bool),
+            pending=np.unpackbits(packed, count=len(user_ids) * num_images_per_user).astype(bool),
         )
 
 
@@ -98,10 +96,7 @@ def make_plan(
     batch_size: int,
     done: Mapping[int, Sequence[int] | NDArray[np.integer]] = MappingProxyType({}),
 ) -> Plan:
-    """Plan `num_images_per_user` images for each user, less those done.
-
-    done: user id -> [number] image indices.
-    """
+    """Plan `num_images_per_user` images for each user, without those done: user id -> [number] image indices."""
     ascending = tuple(sorted(user_ids))
     pending = np.ones((len(ascending), num_images_per_user), dtype=bool)
     for number, user_id in enumerate(ascending):

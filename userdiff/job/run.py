@@ -8,7 +8,6 @@ import os
 import re
 import zlib
 from contextlib import suppress
-from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -152,7 +151,6 @@ def _look_at_gpus(config: JobConfig, device: torch.device, coordinator: Coordina
 
 def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
     """Run one process of a job, the main one or another; returns the exit status."""
-    config = replace(config, user_ids=config.user_ids or tuple(model.user_index))
     if coordinator.is_main_process:
         return _run_main(config, model, coordinator)
     return 0 if config.dry_run else _run_other(config, model, coordinator)
@@ -161,7 +159,7 @@ def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
 def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
     """Find what is done, plan the rest, make images with the others, and merge; a dry run ends with the plan."""
     output_dir, recipe = config.output_dir, Recipe.of(model.identity, model.run)
-    with output_folder.open_folder(config, model.identity, coordinator) as (record, num_removed):
+    with output_folder.open_folder(config, model, coordinator) as (record, num_removed):
         # What is there, and what is left to make.
         is_as_if_removed = config.dry_run and config.overwrite
         if num_removed or is_as_if_removed:
@@ -170,7 +168,7 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
         found = (
             Finished(Rows(), lost=[], foreign_files=[], foreign_images=[], has_manifest=False)
             if is_as_if_removed
-            else _find(config, recipe, coordinator, record)
+            else _find(config, model, coordinator, record)
         )
         plan, numerics = _plan(config, model, coordinator, record, found)
         if config.dry_run:
@@ -228,15 +226,15 @@ def _run_other(config: JobConfig, model: JobModel, coordinator: Coordinator) -> 
     return 0
 
 
-def _find(config: JobConfig, recipe: Recipe, coordinator: Coordinator, record: RunRecord) -> Finished:
+def _find(config: JobConfig, model: JobModel, coordinator: Coordinator, record: RunRecord) -> Finished:
     """Find what is finished; raises UsageError where images of unknown origin are in the way."""
     found = find_finished(
         config.output_dir,
-        recipe,
+        Recipe.of(model.identity, model.run),
         record.manifest_sha256,
         track=lambda items, total: coordinator.shutdown.checked(show_reading(items, total)),
     )
-    output_folder.refuse_foreign_images(config, found.foreign_images, "--output_dir")
+    output_folder.refuse_foreign_images(config, model, found.foreign_images, "--output_dir")
     return found
 
 
@@ -249,7 +247,8 @@ def _plan(
     """
     batch_size, compress_level = config.batch_size_and_level(record.numerics, model.device.type)
     numerics = numerics_of(config, model, batch_size, compress_level)
-    plan = make_plan(config.user_ids or (), config.num_images_per_user, batch_size, found.rows.image_indices())
+    users = config.user_ids or model.user_index
+    plan = make_plan(users, config.num_images_per_user, batch_size, found.rows.image_indices())
     if not (record.numerics and found.rows):
         record.numerics = numerics
     for name, before, after in changed_numerics(record.numerics, numerics):

@@ -1,11 +1,11 @@
-"""One process's loop: claim a batch, compute it, and leave its images to a bounded pool that encodes and writes them."""
+"""One process's loop: claim a batch, compute it, and hand its images to a bounded pool that encodes and writes them."""
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from threading import BoundedSemaphore, Lock
+from threading import BoundedSemaphore
 from types import TracebackType
 
 import numpy as np
@@ -42,7 +42,7 @@ def make_images(
     """Claim batches until none is left; compute each, encode its images and publish them.
 
     However this ends, what was computed is written and noted first. `on_step` is called before every UNet pass and
-    while a GPU is waited for; what it raises ends the loop.
+    while waiting for a GPU; what it raises ends the loop.
     """
     recipe = Recipe.of(model.identity, model.run)
     part = PartWriter(layout.part_path(config.output_dir, coordinator.process_index))
@@ -51,7 +51,7 @@ def make_images(
 
         def save(item: Item, pixels: NDArray[np.uint8]) -> None:
             png = encode_png(pixels, recipe.text_chunks(*item), compress_level)
-            # The row follows the image: what a row speaks of is there.
+            # The image first, then its row: whatever a row names is there.
             publish(config.output_dir / layout.file_name(*item), png)
             part.append(recipe.row(*item, size=(pixels.shape[1], pixels.shape[0]), png=png))
             coordinator.count_published(1, num_bytes=len(png))
@@ -87,9 +87,9 @@ def _look_at_memory(model: JobModel, plan: Plan, coordinator: Coordinator) -> No
 def _batches(
     config: JobConfig, model: JobModel, plan: Plan, coordinator: Coordinator, on_step: Callable[[], None]
 ) -> Iterator[tuple[int, generate.Batch]]:
-    """Claim batches until none is left, and yield (number, batch) once the images of each are on the host.
+    """Claim batches until none is left, and yield (number, batch) as soon as the images of one are on the host.
 
-    One is yielded while a GPU computes the next, so at most two are under way.
+    A GPU computes the next batch while one is yielded, so at most two are under way.
     """
     under_way: deque[tuple[int, generate.Batch]] = deque()
     try:
@@ -104,38 +104,35 @@ def _batches(
             batch.wait(on_step)
             yield number, batch
     except Halted:
-        yield from ((number, batch) for number, batch in under_way if batch.is_there())
+        yield from (numbered for numbered in under_way if numbered[1].is_there())
         raise
 
 
 class WriterPool:
-    """A bounded pool of writer threads; its first failure is raised, with its cause, to whoever submits or closes.
+    """A bounded pool of writer threads; `submit` and leaving the `with` block raise the first error of a task.
 
-    At most `max_pending` tasks wait or are under way; `submit` blocks when there are more, so that memory stays flat
-    when the disk is slower than the model. Leaving the `with` block waits for all of them; by an exception, no longer
-    than DRAIN_SECONDS for those that have not begun.
+    At most `max_pending` tasks wait or are under way; `submit` blocks while there are as many, so that memory stays flat
+    when the disk is slower than the model. Leaving the block waits for all of them; leaving it by an exception waits
+    DRAIN_SECONDS at most for those that have not begun.
     """
 
     def __init__(self, num_threads: int, max_pending: int) -> None:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="writer")
         self._max_pending = max_pending
         self._free = BoundedSemaphore(max_pending)
-        self._lock = Lock()
-        self._error: BaseException | None = None
+        self._errors: list[BaseException] = []  # appended to by any thread; the first one counts
 
     def submit(self, task: Callable[[], object]) -> None:
-        """Queue a task for a writer thread; raises the error of an earlier task, and takes no more after one."""
+        """Queue a task for a writer thread; once a task has failed, raises its error instead."""
         self._free.acquire()
-        if self._error is not None:
+        if self._errors:
             self._free.release()
-            raise self._error
+            raise self._errors[0]
         self._executor.submit(task).add_done_callback(self._finished)
 
     def _finished(self, future: "Future[object]") -> None:
-        error = None if future.cancelled() else future.exception()
-        if error is not None:
-            with self._lock:  # so that nothing takes the first error's place
-                self._error = self._error or error
+        if not future.cancelled() and (error := future.exception()):
+            self._errors.append(error)
         self._free.release()
 
     def __enter__(self) -> "WriterPool":  # noqa: PYI034 - typing.Self is newer than Python 3.10
@@ -146,9 +143,9 @@ class WriterPool:
     ) -> None:
         if error is not None:
             deadline = time.monotonic() + DRAIN_SECONDS
-            for _ in range(self._max_pending):  # as many as there may be
+            for _ in range(self._max_pending):  # each task gives a place back when it is done
                 if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
                     break
         self._executor.shutdown(wait=True, cancel_futures=error is not None)
-        if error is None and self._error is not None:
-            raise self._error
+        if error is None and self._errors:
+            raise self._errors[0]
