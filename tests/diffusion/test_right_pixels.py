@@ -367,6 +367,24 @@ def test_a_signed_vae_of_ink_on_paper_is_noticed(folder, make, capsys):
     assert "--vae_output_range signed" in capsys.readouterr().err
 
 
+# The kind of CPU -----------------------------------------------------------------------------------------------------
+
+
+def test_the_kind_of_cpu_is_noted_and_another_is_warned_of(folder, make, monkeypatch, capsys):
+    """With a capped instruction set a kernel rounds otherwise, and nothing but this would tell."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    out = make()
+    numerics = json.loads((out / "run.json").read_text())["numerics"]
+    assert numerics["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert numerics["cpu_settings"] == "default"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    make("--num_images_per_user", 2)
+    err = capsys.readouterr().err
+    assert "Warning: cpu_settings was default when this folder was begun, is ONEDNN_MAX_CPU_ISA=AVX2" in err
+    assert "Warning: cpu_capability was " in err
+
+
 # The other entrances -------------------------------------------------------------------------------------------------
 
 

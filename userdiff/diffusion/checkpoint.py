@@ -24,6 +24,7 @@ from userdiff.diffusion.weights import (
     ignore,
     load_own,
     read_json,
+    silence,
 )
 from userdiff.text import listed
 
@@ -192,8 +193,9 @@ def _noise_schedule(settings: dict[str, Any], source: str) -> DDIMScheduler:
             settings.setdefault(name, defaults[name].default)
     settings.setdefault("clip_sample", False)
     try:
-        scheduler = DDIMScheduler.from_config(_known(_with_betas(settings), DDIMScheduler))
-        scheduler.set_timesteps(1)
+        with silence():
+            scheduler = DDIMScheduler.from_config(_known(_with_betas(settings), DDIMScheduler))
+            scheduler.set_timesteps(1)
     except Exception as error:  # a setting may be anything
         raise ValueError(f"{source} is no noise schedule: {_one_line(error)}; {_AS_SAVED}") from error
     alphas = scheduler.alphas_cumprod
@@ -327,7 +329,7 @@ def _load(model_class: Any, path: Path, name: str, config_path: Path | None, on_
         raise ValueError(f"{config.parent} holds a {found}, needed: {model_class.__name__}")
     _check_known(settings, model_class, _HARMLESS_OF_UNET, str(config))
     try:
-        with torch.device("meta"):  # no time is spent on numbers that the file's replace
+        with silence(), torch.device("meta"):  # no time is spent on numbers that the file's replace
             model = model_class.from_config(_known(settings, model_class))
     except Exception as error:  # a setting may be anything
         raise ValueError(f"{config} cannot be used: {_one_line(error)}; {_AS_SAVED}") from error

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -44,6 +45,19 @@ _SHOWN = 6  # files of a folder that a message names
 
 def ignore(_note: str) -> None:
     """Take a note and do nothing with it."""
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep libraries from warning, within this block, of what is checked after it, and refused in one line."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
 
 
 class NoWeightsError(FileNotFoundError):
@@ -175,7 +189,7 @@ def _read_file(file: Path, on_note: Callable[[str], None]) -> Any:
                 f"{file} cannot be read as a safetensors file; it is cut short, or not one; save or copy it again"
             ) from error
     try:
-        with _no_warnings():  # of what is then refused
+        with silence():  # of what is then refused
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -205,7 +219,7 @@ def _read_foreign(file: Path, on_note: Callable[[str], None]) -> Any:
     """Read a pickle that holds objects beside its tensors: the tensors are loaded, and of the rest nothing is run."""
     foreign: list[str] = []
     try:
-        with _no_warnings():
+        with silence():
             content = torch.load(file, map_location="cpu", weights_only=False, pickle_module=_inert_pickle(foreign))
     except Exception as error:  # pickle and zip each fail in ways of their own
         what = f"it holds {listed(foreign, limit=3)}, " if foreign else ""
@@ -215,13 +229,6 @@ def _read_foreign(file: Path, on_note: Callable[[str], None]) -> Any:
         ) from error
     on_note(f"{file} also holds {listed(sorted(set(foreign)), limit=3)}; only its tensors were loaded")
     return content
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 class _Foreign:
