@@ -26,7 +26,6 @@ OWN_MODEL = {
     "vae_path": Path("V"),
     "unet_path": Path("U"),
     "condition_encoder_path": Path("U/condition_encoder.pt"),
-    "num_users": 31,
 }
 OWN_MODEL_ARGV = [token for name, value in OWN_MODEL.items() for token in (f"--{name}", str(value))]
 BUNDLED_MODEL = {
@@ -36,9 +35,15 @@ BUNDLED_MODEL = {
     "num_users": 10,
 }
 DEFAULTS = {
+    "num_users": None,
+    "unet_config": None,
     "scheduler_path": None,
     "train_user_ids": None,
+    "train_data_dir": None,
     "user_map": None,
+    "null_row": None,
+    "sample_size": None,
+    "scaling_factor": None,
     "vae_output_range": "unit",
     "on_incompatible_weights": "error",
     "user_ids": None,
@@ -94,6 +99,7 @@ def test_the_original_command_line_means_what_it_meant():
     assert dataclasses.asdict(parse_args(line.split())) == {
         **DEFAULTS,
         **OWN_MODEL,
+        "num_users": 31,
         "user_ids": (1, 5, 10, 15),
         "output_dir": Path("O"),
     }
@@ -105,6 +111,13 @@ def test_the_original_command_line_means_what_it_meant():
         ("--scheduler_path s", "scheduler_path", Path("s")),
         ("--train_user_ids 1 3-5", "train_user_ids", (1, 3, 4, 5)),
         ("--user_map m.json", "user_map", Path("m.json")),
+        ("--train_data_dir d", "train_data_dir", Path("d")),
+        ("--unet_config c", "unet_config", Path("c")),
+        ("--num_users 7", "num_users", 7),
+        ("--null_row 0", "null_row", 0),
+        ("--sample_size 32", "sample_size", (32,)),
+        ("--sample_size 32 48", "sample_size", (32, 48)),
+        ("--scaling_factor 1", "scaling_factor", 1.0),
         ("--vae_output_range signed", "vae_output_range", "signed"),
         ("--on_incompatible_weights random", "on_incompatible_weights", "random"),
         ("--user_ids 1 5 10-15", "user_ids", (1, 5, 10, 11, 12, 13, 14, 15)),
@@ -157,6 +170,14 @@ def test_what_a_library_function_refuses_is_told_by_its_flag():
             errors_of(flag),
         ):
             raise refused
+
+
+@pytest.mark.parametrize(
+    ("flag", "ours"), [("--data_dir=d", "--train_data_dir"), ("--ddim_steps", "--num_inference_steps")]
+)
+def test_flags_of_other_scripts_are_answered_with_ours(flag, ours):
+    with pytest.raises(UsageError, match=ours):
+        parse_args([flag])
 
 
 TOKENS = st.one_of(
@@ -230,11 +251,10 @@ def test_a_config_needs_the_whole_model(name):
         ("eta", float("inf"), "--eta: inf is out of range, needed: 0 to 1"),
         ("batch_size", 0, "--batch_size: 0 is out of range, needed: 1 to 65536"),
         ("user_ids", (), "--user_ids: names no user"),
-        ("user_ids", (3, -1), "--user_ids: -1 is out of range, user ids start at 1"),
+        ("user_ids", (3, -1), "--user_ids: -1 is out of range, user ids start at 0"),
         ("user_ids", (3, 1, 3), "--user_ids: 3 is given twice, needed: each id once"),
         ("train_user_ids", (), "--train_user_ids: names no user"),
-        ("train_user_ids", (0,), "--train_user_ids: 0 is out of range, user ids start at 1"),
-        ("train_user_ids", tuple(range(1, 33)), "--train_user_ids: 32 ids, but --num_users 31 has fewer rows"),
+        ("train_user_ids", (-1,), "--train_user_ids: -1 is out of range, user ids start at 0"),
         ("device", "cuda:1", "--device: 'cuda:1' is none of auto, cuda, cpu"),
         ("device", None, "--device: None is none of auto, cuda, cpu"),
         ("mixed_precision", "fp32", "--mixed_precision: 'fp32' is none of no, fp16, bf16"),
@@ -259,10 +279,6 @@ def test_a_folder_that_another_process_makes_meanwhile_is_no_file(tmp_path, monk
 
     monkeypatch.setattr(Path, "is_dir", look_and_make)
     assert JobConfig(**OWN_MODEL, output_dir=tmp_path / "out").output_dir == tmp_path / "out"
-
-
-def test_as_many_trained_ids_as_rows_are_right():
-    assert JobConfig(**OWN_MODEL, train_user_ids=tuple(range(2, 33))).train_user_ids == tuple(range(2, 33))
 
 
 # Ids in writing
@@ -297,10 +313,15 @@ HELP_TEXTS = {
     "vae_path": "(default: bundled demo)",
     "unet_path": "(default: bundled demo)",
     "condition_encoder_path": "(default: bundled demo)",
-    "num_users": "(required with your own model paths)",
-    "scheduler_path": "(default: scaled_linear 0.00085-0.012, epsilon)",
+    "num_users": "(default: what the weights have)",
+    "unet_config": "(default: beside the weights)",
+    "scheduler_path": "(default: the one beside the UNet, else scaled_linear 0.00085-0.012, epsilon)",
     "train_user_ids": "(default: the row is id - 1)",
+    "train_data_dir": "instead of --train_user_ids",
     "user_map": "instead of --train_user_ids",
+    "null_row": "(default: none)",
+    "sample_size": "(default: sample_size in the UNet's config.json)",
+    "scaling_factor": "(default: the VAE's config.json)",
     "vae_output_range": "(default: unit)",
     "on_incompatible_weights": "(default: error)",
     "user_ids": "(default: all)",
@@ -319,7 +340,7 @@ HELP_TEXTS = {
 }
 HELP_GROUPS = {
     "options": {"-h"},
-    "the model": set(list(HELP_TEXTS)[:9]),
+    "the model": set(list(HELP_TEXTS)[:14]),
     "what to make": {"user_ids", "num_images_per_user", "output_dir"},
     "how to sample": {"num_inference_steps", "seed", "eta"},
     "how to run": {

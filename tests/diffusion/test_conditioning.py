@@ -194,7 +194,7 @@ def test_a_user_map_is_read_as_it_stands(tmp_path):
         ("{}", "names no users, needed: a JSON object"),
         ('{"1": 0, "01": 1}', "names user 1 twice, needed: each user once"),
         ('{"1": 0, "1": 1}', "names user 1 twice, needed: each user once"),
-        ('{"1": 2}', "gives user 1 the index 2; the table has 0 to 1"),
+        ('{"1": 2}', "gives user 1 the index 2, needed: 0 to 1"),
         ('{"1": -1}', "gives user 1 the index -1"),
         ('{"1": true}', "gives user 1 the index True"),
         ('{"1": 0.0}', "gives user 1 the index 0.0"),

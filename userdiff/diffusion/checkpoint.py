@@ -114,10 +114,17 @@ def load_unet(
     """Load a `UNet2DConditionModel` in float32 from a diffusers folder, from one holding it as `unet/`, or from a file.
 
     A file is one of weights, or a training checkpoint that holds them under `unet_state_dict`.
-    config_path: its `config.json`, or the folder of that; by default the one that lies beside the weights.
+    config_path: its `config.json`; by default the one that lies beside the weights.
     on_note: called with a line on every choice between what is there.
     """
     return _load(UNet2DConditionModel, path, "unet", config_path, on_note)
+
+
+def config_file(path: Path) -> Path:
+    """Return a model's config.json, given that or its folder. Raises ValueError or OSError where it cannot be read."""
+    file = path / "config.json" if path.is_dir() else path
+    read_json(file)
+    return file
 
 
 def load_noise_scheduler(path: Path | None) -> SchedulerMixin:
@@ -146,7 +153,8 @@ def schedule_beside(unet_path: Path) -> Path | None:
     Raises ValueError where two are there and differ.
     """
     folder = unet_path if unet_path.is_dir() else unet_path.parent
-    folder = folder.absolute()  # the parent of `.` is not `.`
+    if folder.name in ("", ".."):  # whose parent in writing is not that of the folder
+        folder = folder.resolve()
     of_pipeline = (folder.parent / "scheduler",) if _is_component(folder) else (folder / "unet",)
     places = (folder, folder / "scheduler", *of_pipeline)
     found = [place / SCHEDULE_NAME for place in places if (place / SCHEDULE_NAME).is_file()]
@@ -185,7 +193,7 @@ def _noise_schedule(settings: dict[str, Any], source: str) -> DDIMScheduler:
     for name, known in _DDIM_KNOWS.items():
         value = settings.get(name, known[0])
         if value not in known:
-            raise ValueError(f"{source} has {name} {value!r}, which is none of {', '.join(known)}")
+            raise ValueError(f"{source} has {name} {value!r}, needed: one of {', '.join(known)}")
     # What a file leaves out is its own class's default, not DDIM's. Most classes never clip and have no such setting.
     defaults = _parameters(getattr(diffusers, str(settings.get("_class_name")), object))
     for name in ("num_train_timesteps", "beta_start", "beta_end", "clip_sample"):
@@ -253,9 +261,9 @@ def check_agreement(vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
     """Raise ValueError unless the UNet makes latents the VAE decodes, and takes the user's condition and no other."""
     found, needed = unet.config.in_channels, vae.config.latent_channels
     if found != needed:
-        raise ValueError(f"the UNet makes latents of {found} channels, the VAE decodes {needed}; they must be equal")
+        raise ValueError(f"the UNet makes latents of {found} channels, the VAE decodes {needed}, needed: equal")
     if unet.config.out_channels != found:
-        raise ValueError(f"the UNet has {found} channels in and {unet.config.out_channels} out; they must be equal")
+        raise ValueError(f"the UNet has {found} channels in and {unet.config.out_channels} out, needed: equal")
     size = unet.config.sample_size
     sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
     if not all(type(side) is int and side >= 1 for side in sides):
@@ -344,8 +352,6 @@ def _find(
     model_class: Any, path: Path, name: str, config_path: Path | None, on_note: Callable[[str], None]
 ) -> tuple[Path, list[Weights]]:
     """Find a model's config.json and what may hold its weights."""
-    if config_path is not None and config_path.is_dir():
-        config_path = config_path / "config.json"
     if path.is_file():
         if path.suffix not in FILE_SUFFIXES:
             raise ValueError(f"{path} is no file of weights, needed: a folder, or a {', '.join(FILE_SUFFIXES)}")

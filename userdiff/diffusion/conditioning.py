@@ -169,9 +169,11 @@ def _read_user_map(path: Path, num_rows: int, null_row: int | None) -> dict[int,
         if user_id in index_by_id:
             raise ValueError(f"{path} names user {user_id} twice, needed: each user once")
         if type(index) is not int or not 0 <= index < num_rows:
-            raise ValueError(f"{path} gives user {user_id} the index {brief(index)}; the table has 0 to {num_rows - 1}")
+            raise ValueError(
+                f"{path} gives user {user_id} the index {brief(index)}, needed: 0 to {num_rows - 1}, a row of the table"
+            )
         if index == null_row:
-            raise ValueError(f"{path} gives user {user_id} the index {index}, which --null_row says is nobody's")
+            raise ValueError(f"{path} gives user {user_id} the index {index}, which --null_row says is no user's")
         if index in user_of:
             raise ValueError(
                 f"{path} gives users {user_of[index]} and {user_id} the same index {index}, needed: one for each user"

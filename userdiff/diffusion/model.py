@@ -106,8 +106,10 @@ def load_model(
     warnings: list[str] = []
     with errors_of("--vae_path"):
         vae = models.load_vae(config.vae_path, notes.append)
+    with errors_of("--unet_config"):
+        unet_config = config.unet_config and models.config_file(config.unet_config)
     with errors_of("--unet_path"):
-        unet = models.load_unet(config.unet_path, config.unet_config, notes.append)
+        unet = models.load_unet(config.unet_path, unet_config, notes.append)
         if config.sample_size:
             side, *rest = config.sample_size
             unet.register_to_config(sample_size=[side, *rest] if rest else side)
@@ -215,7 +217,9 @@ def _user_index(config: JobConfig, num_rows: int, on_warning: Callable[[str], No
     """Return the row of every user; raises UsageError for users that are asked for and have none."""
     num_user_rows = num_rows - (config.null_row is not None)
     if config.null_row is not None and config.null_row >= num_rows:
-        raise UsageError(f"--null_row: {config.null_row} is out of range, the table has rows 0 to {num_rows - 1}")
+        raise UsageError(
+            f"--null_row: {config.null_row} is out of range, needed: 0 to {num_rows - 1}, a row of the table"
+        )
     train_user_ids = config.train_user_ids
     if config.train_data_dir is not None:
         with errors_of("--train_data_dir"):
@@ -226,7 +230,9 @@ def _user_index(config: JobConfig, num_rows: int, on_warning: Callable[[str], No
                     f"{num_user_rows}; needed: the folders the model was trained on, all of them"
                 )
     if train_user_ids and len(train_user_ids) > num_user_rows:
-        raise UsageError(f"--train_user_ids: {len(train_user_ids)} ids, but the table has rows for {num_user_rows}")
+        raise UsageError(
+            f"--train_user_ids: {len(train_user_ids)} ids, needed: {num_user_rows} at most, as the table has rows"
+        )
     if train_user_ids and len(train_user_ids) < num_user_rows:
         on_warning(
             f"--train_user_ids names {len(train_user_ids)} users, the table has {num_user_rows} rows; a missing id shifts the "
@@ -241,7 +247,7 @@ def _user_index(config: JobConfig, num_rows: int, on_warning: Callable[[str], No
             "; ids with gaps have other rows than id - 1: --train_user_ids, --train_data_dir or --user_map says which"
         )
         raise UsageError(
-            f"--user_ids: {format_ids(unknown)} is out of range, this checkpoint has users {format_ids(user_index)}"
+            f"--user_ids: {format_ids(unknown)} is out of range, needed: {format_ids(user_index)}, the users of this checkpoint"
             f"{gaps if is_plain else ''}"
         )
     num_images = len(config.user_ids or user_index) * config.num_images_per_user
@@ -255,7 +261,9 @@ def _user_index(config: JobConfig, num_rows: int, on_warning: Callable[[str], No
 
 def _check_precision(precision: str, device: torch.device) -> None:
     if precision not in DTYPES:
-        raise UsageError(f"--mixed_precision: {precision!r}, asked for by the launcher, is none of {', '.join(DTYPES)}")
+        raise UsageError(
+            f"--mixed_precision: {precision!r}, asked for by the launcher, needed: one of {', '.join(DTYPES)}"
+        )
     if precision == "bf16" and not has_bf16(device):
         raise UsageError(f"--mixed_precision: {torch.cuda.get_device_name(device)} has no bf16, use fp16")
 

@@ -91,7 +91,8 @@ def find_weights(folder: Path, stem: str = DIFFUSERS_STEM) -> tuple[list[Weights
     Raises NoWeightsError where there are none, ValueError where shards are missing.
     """
     found, broken, notes = [], [], []
-    for file in sorted(folder.iterdir()):
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    for file in files:
         whole = re.fullmatch(rf"{stem}(?:\.([^.]+))?(?:\.safetensors|\.bin)", file.name)
         index = re.fullmatch(rf"{stem}\.(?:safetensors|bin)\.index(?:\.([^.]+))?\.json", file.name)
         if whole and not _SHARD.fullmatch(file.name):
@@ -113,10 +114,10 @@ def find_weights(folder: Path, stem: str = DIFFUSERS_STEM) -> tuple[list[Weights
         return chosen, notes
     if broken:
         raise ValueError(f"{broken[0]}, needed: all shards, or one whole file")
-    accelerate = [Weights((file,), file.name) for file in sorted(folder.iterdir()) if _ACCELERATE.fullmatch(file.name)]
+    accelerate = [Weights((file,), file.name) for file in files if _ACCELERATE.fullmatch(file.name)]
     if accelerate:
         return accelerate, notes
-    if shards := [file.name for file in sorted(folder.iterdir()) if _SHARD.fullmatch(file.name)]:
+    if shards := [file.name for file in files if _SHARD.fullmatch(file.name)]:
         raise ValueError(
             f"{folder} holds {listed(shards, limit=2)}, but not their {stem}...index.json, needed: that too"
         )
@@ -400,7 +401,9 @@ def as_float32(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor], sour
     for name, tensor in plain.items():
         # of the extremes, which NaN takes for its own: seconds faster than asking every number
         if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
-            raise ValueError(f"{source} holds NaN or infinity in {name}; the file is damaged or training diverged")
+            raise ValueError(
+                f"{source} holds NaN or infinity in {name}; the file is damaged or training diverged, needed: another"
+            )
     return plain
 
 
