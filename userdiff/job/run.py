@@ -48,7 +48,7 @@ _KEEPS = {  # what keeps a numeric as the folder began with it
 
 
 def run(config: JobConfig, shutdown: Shutdown) -> int:
-    """Run a job as the process that the launcher started, or as the only one; returns the exit status.
+    """Run this process of a job, one of those that the launcher started or the only one; returns the exit status.
 
     Raises UsageError for a wrong model or output folder, Halted when a signal, the disk or another process ended the
     job.
@@ -107,7 +107,7 @@ def compilation() -> Compilation | None:
 
 
 def _precision(config: JobConfig, device: torch.device, coordinator: Coordinator) -> str:
-    """Choose the precision: the flag's, else the launcher's, whose bf16 becomes fp16 on a GPU without it."""
+    """Return the precision: the flag's, else the launcher's, whose bf16 becomes fp16 on a GPU without bf16."""
     if config.mixed_precision:
         return config.mixed_precision
     precision: str = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
@@ -144,7 +144,7 @@ def _look_at_gpus(config: JobConfig, device: torch.device, coordinator: Coordina
 
 
 def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
-    """Run one process of a job, the main one or another; returns the exit status."""
+    """Run one process of a job whose model is loaded; returns the exit status."""
     if coordinator.is_main_process:
         return _run_main(config, model, coordinator)
     return 0 if config.dry_run else _run_other(config, model, coordinator)
@@ -168,7 +168,7 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
         if config.dry_run:
             console.write(f"Dry run: nothing was made, and {output_dir} is as it was")
             return 0
-        # The folder as this run begins it. The manifest takes in what an interrupted run's parts hold.
+        # Prepare the folder. The manifest takes in the rows of an interrupted run's parts.
         remove_temporaries(output_dir)
         with errors_of("--output_dir"):
             for user_id in plan.user_ids:
@@ -186,7 +186,7 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
                 coordinator.finish()
                 coordinator.wait_for_all(refresh)
             entry.published = coordinator.published()[0]
-            # What is there in the end is looked up, not assumed.
+            # Find out what is there in the end; do not assume it.
             rows = find_finished(output_dir, recipe, record.manifest_sha256, trust_parts=True).rows
             record.manifest_sha256 = write_manifest(output_dir, rows)
             missing = make_plan(plan.user_ids, plan.num_images_per_user, plan.batch_size, rows.image_indices())
