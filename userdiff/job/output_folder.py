@@ -167,12 +167,10 @@ def _remove(output_dir: Path, own: Collection[Item]) -> None:
         for folder in {(output_dir / layout.file_name(*item)).parent for item in own}:
             if not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
-        for name in (layout.MANIFEST_NAME, layout.PREVIEW_NAME):
-            (output_dir / name).unlink(missing_ok=True)
-        for path in layout.part_paths(output_dir):
-            path.unlink(missing_ok=True)
         # The record goes last: if this is interrupted, the folder is still known to be a job's.
-        (output_dir / layout.RECORD_NAME).unlink(missing_ok=True)
+        manifest, page, record = layout.MANIFEST_NAME, layout.PREVIEW_NAME, layout.RECORD_NAME
+        for path in (output_dir / manifest, output_dir / page, *layout.part_paths(output_dir), output_dir / record):
+            path.unlink(missing_ok=True)
 
 
 def _forget_writers(output_dir: Path) -> None:
