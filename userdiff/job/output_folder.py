@@ -215,7 +215,8 @@ def history_entry(
             silent: list[str] = []
             with suppress(Halted):  # the store may be gone
                 coordinator.halt(end)
-                silent = coordinator.wait_until_left(min(LEAVE_SECONDS, coordinator.shutdown.seconds_left() - 1))
+                seconds_left = coordinator.shutdown.seconds_left() - 1  # one to note the end
+                silent = coordinator.wait_until_left(min(LEAVE_SECONDS, seconds_left))
             note_early_end(end, silent)
             if end is error:
                 raise

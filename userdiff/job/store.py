@@ -139,7 +139,7 @@ class Coordinator:
         with self._count_lock:
             num_images, num_bytes = self._unreported
             self._unreported = [0, 0]
-        if num_images:
+        if num_images:  # their bytes first: whoever reads how many images there are finds the bytes of them all
             store.add("published_bytes", num_bytes)
             store.add("published", num_images)
 
