@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         exit_status = int(command(**values))
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads any longer, as after `| head`
+    except BrokenPipeError:  # the reader is gone, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
@@ -101,7 +101,7 @@ def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py")
         if not _is_main_process():
             if shutdown.reason is not None:  # the main process has been told, and prints it
                 return error.exit_status
-            # It finds the same error, prints it and ends the job; if not, the trouble is of this machine alone.
+            # It finds the same error, prints it and ends the job; if it does not, this machine alone is the problem.
             time.sleep(MAIN_SECONDS)
         return _print_error(f"{prog}: error: {error}", error.exit_status)
     except Halted as end:

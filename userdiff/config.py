@@ -1,4 +1,4 @@
-"""What a job is asked to do: the flags, their meaning and defaults, and every check that needs no model."""
+"""The flags of a job: their meaning, their defaults, and every check that needs no model."""
 
 import argparse
 import dataclasses
@@ -21,7 +21,7 @@ DEFAULT_BATCH_SIZE = {"cpu": 16, "cuda": 64}
 DEFAULT_COMPRESS_LEVEL = 6
 MAX_SEED = 2**63 - 1
 MAX_USER_ID = 10**18 - 1
-MAX_IMAGES_PER_USER = 2**32  # image seeds are one to one within a user up to here
+MAX_IMAGES_PER_USER = 2**32  # more would share seeds within a user
 MODEL_FLAGS = ("vae_path", "unet_path", "condition_encoder_path")
 _USERS_FLAGS = ("train_user_ids", "train_data_dir", "user_map")  # each says alone which row a user has
 _OTHER_NAMES = {  # flags of the scripts such models are trained and sampled with -> ours
@@ -44,7 +44,7 @@ _OTHER_NAMES = {  # flags of the scripts such models are trained and sampled wit
 }
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_DASHES = "-\N{EN DASH}\N{EM DASH}"  # what a word processor makes of two hyphens, too
+_DASHES = "-\N{EN DASH}\N{EM DASH}"  # a word processor turns two hyphens into one of these
 
 _DESCRIPTION = """\
 Generate a labelled image dataset from a user-conditioned latent diffusion model. Without any model path, the bundled
@@ -283,13 +283,13 @@ class JobConfig:
 
     @property
     def is_bundled(self) -> bool:
-        """True where the model is the one that comes with the package."""
+        """True for the model that comes with the package."""
         return self.unet_path == BUNDLED_CHECKPOINT
 
     def batch_size_and_level(self, numerics: Mapping[str, Any], device_type: str) -> tuple[int, int]:
         """Return (batch size, PNG compression level): the flag's, else what the folder began with, else the default.
 
-        numerics: those of the folder's `run.json`; empty for a new folder. device_type: `cpu` or `cuda`.
+        numerics: those in the folder's `run.json`, empty for a new folder. device_type: `cpu` or `cuda`.
         """
         level = self.png_compress_level
         return (

@@ -19,8 +19,8 @@ OPTION_DEFAULTS = {
 `vae_precision` differs from its default only where fp16 has the VAE run in bf16, `latents` only where the VAE's config
 has a shift_factor, or latents_mean and latents_std.
 """
-_BRIEF = 12  # characters of a value in a message
-_LISTED = 3  # changed fields that are named of one mapping, such as the users'
+_BRIEF = 12  # characters of a value that a message shows
+_LISTED = 3  # changed fields of one nested mapping, such as the users' rows, that a message names
 
 
 def make_identity(required: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def make_identity(required: Mapping[str, Any], options: Mapping[str, Any]) -> di
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of an identity's canonical JSON, as 64 hex digits: what every PNG carries as `userdiff_run`."""
+    """Return the SHA-256 of an identity's canonical JSON, 64 hex digits; every PNG carries it as `userdiff_run`."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -50,9 +50,9 @@ def describe_differences(
     new: Mapping[str, Any],
     describe: Callable[[str, str, str], str] = "{} was {}, is {}".format,
 ) -> str:
-    """Return one line with all fields in which two identities differ; of a mapping in them, the first few.
+    """Return one line that names the fields in which two identities differ, of a nested mapping the first few.
 
-    describe: words one field, given its dotted name and its old and new value as messages show them.
+    describe: puts one field into words, given its dotted name and its old and new value as messages show them.
     """
     texts: list[str] = []
     for parent, fields in groupby(differences(old, new), key=lambda field: field[0].rpartition(".")[0]):
@@ -64,6 +64,6 @@ def describe_differences(
 
 
 def _brief(name: str, value: Any) -> str:
-    """Return a value as messages show it: of a hash, enough to tell it from another."""
+    """Return a value as messages show it: a hash is cut to what tells it from another."""
     text = str(OPTION_DEFAULTS.get(name, "absent") if value is None else value)
     return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."

@@ -1,4 +1,4 @@
-"""An item's seed, and its slot in a batch: functions of the item itself, whoever computes it, and with whom."""
+"""An item's seed and its slot in a batch: functions of the item alone, whichever process computes it in whichever batch."""
 
 import hashlib
 from functools import lru_cache
@@ -12,7 +12,7 @@ _GOLDEN_RATIO = 2654435769  # 2^32 / golden ratio: Fibonacci hashing, Knuth, TAO
 
 
 def item_seed(base_seed: int, user_id: int, image_index: int) -> int:
-    """Return the seed of one image, in [0, 2^32): all that a torch CPU generator keeps. One to one within a user."""
+    """Return the seed of one image, in [0, 2^32), since a torch CPU generator keeps no more; different within a user."""
     return (_user_seed(base_seed, user_id) + image_index) % 2**32
 
 

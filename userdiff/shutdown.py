@@ -25,33 +25,24 @@ T = TypeVar("T")
 class Halted(Exception):
     """The job ends early; what is done is kept."""
 
-    exit_status = 1
-    progress = ""
-    """How much is done, where the main process could still tell."""
-    is_alone = False
-    """Whether this process can no longer reach the others."""
+    def __init__(self, cause: str, exit_status: int = 1, *, is_alone: bool = False) -> None:
+        super().__init__(cause)
+        # The same in every process: a launcher reports the status of whichever leaves first.
+        self.exit_status = exit_status
+        self.is_alone = is_alone  # this process can no longer reach the others
+        self.progress = ""  # how much is done, where the main process could still tell
 
 
 class Stopped(Halted):
-    """Stopped by a signal."""
+    """A signal stopped the job."""
 
     def __init__(self, signal_number: int, *, is_alone: bool = False) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}", 128 + signal_number, is_alone=is_alone)
         self.signal_number = signal_number
-        self.exit_status = 128 + signal_number
-        self.is_alone = is_alone
 
 
 class Failed(Halted):
-    """Ended by an error, here or in another process; the text is its cause.
-
-    Every process leaves with the same exit status, since a launcher reports that of whichever leaves first.
-    """
-
-    def __init__(self, cause: str, exit_status: int = 1, *, is_alone: bool = False) -> None:
-        super().__init__(cause)
-        self.exit_status = exit_status
-        self.is_alone = is_alone
+    """An error ended the job, in this process or in another."""
 
 
 class Shutdown:

@@ -8,18 +8,21 @@ _MAX_DIGITS = 4000  # Python refuses to read longer numbers
 
 
 def count(number: int, what: str, plural: str = "") -> str:
-    """Return a number of things in words: `1 image`, `2 images`."""
+    """Return a number with its noun: `1 image`, `2 images`."""
     return f"{number} {what if number == 1 else plural or what + 's'}"
 
 
 def listed(names: Sequence[str], number: int = 0, limit: int = 20) -> str:
-    """Return names separated by commas: the first `limit`, and how many more there are; `number`, if not only these."""
+    """Return the first `limit` names, separated by commas, and how many more there are.
+
+    number: of all names, where these are only some.
+    """
     more = max(number, len(names)) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def refusal(error: OSError) -> str:
-    """Return what a file system refused, and where."""
+    """Return what a file system refused, and for which file."""
     return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
 
 
@@ -38,7 +41,7 @@ def id_range(text: str) -> range:
 
 
 def format_ids(ids: Iterable[int]) -> str:
-    """Return ids the way `--user_ids` reads them: `1-3 5`."""
+    """Return ids as `--user_ids` takes them: `1-3 5`."""
     runs: list[list[int]] = []
     for user_id in sorted(ids):
         if runs and user_id == runs[-1][1] + 1:

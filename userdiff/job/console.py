@@ -63,7 +63,7 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
         f"{count(len(plan.batches), 'batch', 'batches')} of {plan.batch_size} "
         f"by {count(num_processes, 'process', 'processes')} on {model.device.type}"
     )
-    if 0 < plan.num_items < plan.batch_size and config.batch_size is None and not found.rows:
+    if plan.num_items < plan.batch_size and config.batch_size is None and not found.rows:
         write(
             f"Note: {count(plan.num_items, 'image')} in batches of {plan.batch_size}; --batch_size {plan.num_items} would do"
         )
@@ -83,7 +83,8 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
             f"{count(len(foreign), 'file')} beside the images {are} not of this job, and loaders may read {them} too: "
             f"{listed(foreign)}; `userdiff verify {config.output_dir}` lists all"
         )
-    if plan.num_pending:  # take as much as those that are there, else at most what they take uncompressed
+    if plan.num_pending:
+        # An image takes as much as one of those that are there; without any, at most what it takes uncompressed.
         size = found.rows.num_bytes() / len(found.rows) if found.rows else model.uncompressed_bytes
         about = "about" if found.rows else "at most"
         needed, free = plan.num_pending * size, _free_bytes(config.output_dir)
@@ -141,7 +142,7 @@ def _schedule(noise: Any) -> str:
 
 
 def _warn_of_random_conditioning(config: JobConfig, model: JobModel) -> None:
-    """Warn that images will not show the users whose names they carry, where that is so."""
+    """Warn where images will not show the users they are filed under."""
     if model.conditioning == "random":
         warn(
             f"the weights in {config.condition_encoder_path} do not fit; the condition encoder is RANDOM, images do not "
@@ -192,10 +193,15 @@ def _free_bytes(output_dir: Path) -> int:
 def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Iterator[Callable[[], None]]:
     """Show one bar for the whole job; the value is a function that refreshes it, and raises when the job is to end.
 
-    As soon as there is a batch of images to judge by, warn of a disk that will not hold the rest.
+    As soon as there is a batch of images to judge by, warns of a disk that will not hold the rest.
     """
     with progress.make_bar(plan.num_items, plan.num_done) as bar:
         shown, is_judged = time.monotonic(), not plan.num_pending
+
+        def show(num_images: int) -> None:
+            if num_failed := coordinator.num_reported("failed"):
+                bar.set_postfix_str(f"{num_failed} failed", refresh=False)
+            bar.update(plan.num_done + num_images - bar.n)  # shows itself every `mininterval`
 
         def refresh() -> None:
             nonlocal shown, is_judged
@@ -209,11 +215,6 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
                 is_judged = True
                 left = plan.num_pending - num_images
                 _warn_of_full_disk(output_dir, left, "about", left * num_bytes / num_images)
-
-        def show(num_images: int) -> None:
-            if num_failed := coordinator.num_reported("failed"):
-                bar.set_postfix_str(f"{num_failed} failed", refresh=False)
-            bar.update(plan.num_done + num_images - bar.n)  # shows itself every `mininterval`
 
         try:
             yield refresh

@@ -1,4 +1,4 @@
-"""The output folder as a job finds and leaves it: locked, its record checked, emptied if asked, its history kept."""
+"""The output folder of a job: held, checked, emptied if asked, and its history kept."""
 
 import errno
 import os
@@ -93,7 +93,10 @@ def _checked_record(config: JobConfig, model: JobModel, shutdown: Shutdown) -> R
 
 
 def _refuse_unknown_origin(output_dir: Path, shutdown: Shutdown, run: str | None = None) -> None:
-    """Raise UsageError where a folder without a record holds anything but this run's images; without `run`, any run's."""
+    """Raise UsageError where a folder without a record holds anything but images of jobs.
+
+    run: the identity hash that these images have to carry; any will do where it is not given.
+    """
     has_no_record = f"--output_dir: {output_dir} has no {layout.RECORD_NAME} but holds"
     labels = output_dir / layout.MANIFEST_NAME
     if labels.is_file() and not is_manifest(labels):
@@ -119,7 +122,7 @@ def _refuse_unknown_origin(output_dir: Path, shutdown: Shutdown, run: str | None
 def _own_images(config: JobConfig, model: JobModel, shutdown: Shutdown) -> list[Item]:
     """Return the images that --overwrite removes: those with a row, and those whose text chunks say that a job made them.
 
-    A user's folder that is a link leads to another place: there, only images with a row are known to be a job's. Raises
+    A user's folder may be a link to another place. There, an image is known to be this folder's only by its row. Raises
     UsageError where an image of unknown origin is in the way.
     """
     output_dir = config.output_dir
@@ -139,12 +142,12 @@ def _own_images(config: JobConfig, model: JobModel, shutdown: Shutdown) -> list[
 
 
 def _is_a_jobs(path: Path) -> bool:
-    """Return whether an image carries our text chunks, or is what a power cut leaves of one: an empty file."""
+    """Return whether an image carries our text chunks, or is empty, as a power cut leaves one."""
     return RUN_CHUNK in (read_text_chunks(path) or {}) or path.stat().st_size == 0
 
 
 def refuse_foreign_images(config: JobConfig, model: JobModel, foreign: Collection[Item], flag: str) -> None:
-    """Raise UsageError where an image of the job would take the place of one that no job is known to have made."""
+    """Raise UsageError where an image of this job would replace one that no job is known to have made."""
     asked_for = set(config.user_ids or model.user_index)
     for user_id, image_index in foreign:
         if user_id in asked_for and image_index < config.num_images_per_user:
@@ -156,7 +159,7 @@ def refuse_foreign_images(config: JobConfig, model: JobModel, foreign: Collectio
 
 
 def _remove(output_dir: Path, own: Collection[Item]) -> None:
-    """Remove what jobs wrote, these images and their records, and nothing else."""
+    """Remove these images and what else jobs wrote, and nothing besides."""
     with errors_of("--output_dir"):
         for item in own:
             (output_dir / layout.file_name(*item)).unlink()
@@ -164,16 +167,14 @@ def _remove(output_dir: Path, own: Collection[Item]) -> None:
         for folder in {(output_dir / layout.file_name(*item)).parent for item in own}:
             if not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
-        for name in (layout.MANIFEST_NAME, layout.PREVIEW_NAME):
-            (output_dir / name).unlink(missing_ok=True)
-        for path in layout.part_paths(output_dir):
+        # The record goes last: if this is interrupted, the folder is still known to be a job's.
+        manifest, page, record = layout.MANIFEST_NAME, layout.PREVIEW_NAME, layout.RECORD_NAME
+        for path in (output_dir / manifest, output_dir / page, *layout.part_paths(output_dir), output_dir / record):
             path.unlink(missing_ok=True)
-        # The record goes last: until then the folder is known to be a job's, should this be interrupted.
-        (output_dir / layout.RECORD_NAME).unlink(missing_ok=True)
 
 
 def _forget_writers(output_dir: Path) -> None:
-    with suppress(ValueError, OSError):  # a writer may still be at it: the next job will wait for it
+    with suppress(ValueError, OSError):  # one may still be writing: the next job will wait for it
         locks.wait_for_writers(output_dir, seconds=0)
 
 
@@ -181,10 +182,10 @@ def _forget_writers(output_dir: Path) -> None:
 def history_entry(
     output_dir: Path, record: RunRecord, numerics: dict[str, Any], plan: Plan, coordinator: Coordinator
 ) -> Iterator[RunEntry]:
-    """Keep `run.json` true while a run goes on: it says `running`, then how the run ended. The value is the run's entry.
+    """Keep an entry for this run in `run.json`, which says `running`, then how the run ended; the value is the entry.
 
-    When the run ends early, the other processes get a moment to write what they have computed, as long as this process
-    itself may take. An OSError goes on as Failed.
+    When the run ends early, the other processes get time to write what they have computed, as far as this process still
+    has any. An OSError is raised as Failed.
     """
     entry = RunEntry(
         started=now(),
@@ -197,35 +198,31 @@ def history_entry(
     def note_early_end(error: BaseException, silent: Collection[str] = ()) -> None:
         entry.published = entry.published or num_part_rows(output_dir)
         if isinstance(error, Halted):
-            done = plan.num_done + entry.published
-            error.progress = f"{done} of {plan.num_items} images are in {output_dir}"
+            error.progress = f"{plan.num_done + entry.published} of {plan.num_items} images are in {output_dir}"
         if isinstance(error, Stopped) and silent:  # maybe by a launcher, one of whose processes died
             entry.cause = f"no sign of life from {', '.join(silent)}"
             error.progress = f"{entry.cause}; {error.progress}"
-        with suppress(OSError):  # the disk may be the cause; `running` without a holder says enough
+        with suppress(OSError):  # the disk may be the cause; `running`, with nobody holding the folder, says enough
             record.end(output_dir, error)
-
-    def end_early(error: BaseException) -> None:
-        silent: list[str] = []
-        with suppress(Halted):  # the store may be gone
-            coordinator.halt(error)
-            silent = coordinator.wait_until_left(min(LEAVE_SECONDS, coordinator.shutdown.seconds_left() - 1))
-        note_early_end(error, silent)
 
     with coordinator.shutdown.last_words(note_early_end):
         try:
             record.begin(output_dir, entry)
             yield entry
             record.end(output_dir)
-        except OSError as error:
-            failed = disk_failure(error)
-            end_early(failed)
-            raise failed from error
         except BaseException as error:
-            end_early(error)
-            raise
+            end = disk_failure(error) if isinstance(error, OSError) else error
+            silent: list[str] = []
+            with suppress(Halted):  # the store may be gone
+                coordinator.halt(end)
+                seconds_left = coordinator.shutdown.seconds_left() - 1  # one to note the end
+                silent = coordinator.wait_until_left(min(LEAVE_SECONDS, seconds_left))
+            note_early_end(end, silent)
+            if end is error:
+                raise
+            raise end from error
 
 
 def disk_failure(error: OSError) -> Failed:
-    """Return the end of a job whose folder's file system refused something: what, where, and what would help."""
+    """Return the error that ends a job whose disk refused something: what, where, and what would help."""
     return Failed(f"--output_dir: {refusal(error)}, {_REMEDIES.get(error.errno or 0, 'see to the disk')}")

@@ -1,4 +1,4 @@
-"""Which images are asked for, which row of which batch each one has, and what is left. Pure arithmetic."""
+"""Which images a job makes, and which row of which batch each one takes. Pure arithmetic."""
 
 import json
 import zlib
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from userdiff.seeds import slots
 
-PADDING = -1  # a row of a batch that no image needs
+PADDING = -1  # stands for a row of a batch that no image takes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run is asked for and what of it is left, frozen by the main process for all others.
+    """The images of a run and which of them are left to make, decided by the main process for all others.
 
     Item number i is image `i % num_images_per_user` of the user `user_ids[i // num_images_per_user]`.
     """

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @contextmanager
 def unheard(stream: TextIO) -> Iterator[None]:
-    """Write to nowhere from now on, should nobody read the stream any longer: the images are what matters."""
+    """Redirect the stream to nowhere if nobody reads it any longer: that does not end a job."""
     try:
         yield
         stream.flush()
@@ -25,8 +25,9 @@ def unheard(stream: TextIO) -> Iterator[None]:
 
 
 def make_bar(total: int, done: int = 0, **options: Any) -> tqdm:
-    """Return a bar of images, one that shows nothing where nothing is left to do. Its rate is always in images a second."""
+    """Return a bar that counts images; it shows nothing where nothing is left to do."""
     is_terminal = sys.stderr.isatty()
+    # tqdm's own format would turn a rate below 1 into seconds an image.
     counts = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
     return tqdm(
         total=total,
@@ -43,7 +44,7 @@ def make_bar(total: int, done: int = 0, **options: Any) -> tqdm:
 
 
 def show_reading(items: Iterable[T], total: int) -> Iterable[T]:
-    """Pass on items, showing a bar of images that are read."""
+    """Yield the items, showing a bar of how many of `total` images have been read."""
     delay = 0 if sys.stderr.isatty() else _LOG_SECONDS  # a log has no use for what is over soon
     with make_bar(total, desc="Checking images", leave=False, delay=delay) as bar:
         for item in items:
@@ -52,7 +53,7 @@ def show_reading(items: Iterable[T], total: int) -> Iterable[T]:
 
 
 class _Lines:
-    """A stream for bars that go into a log: where a bar returns to the start of its line, the log starts the next one."""
+    """A stream for bars that go into a log: every state of a bar is a line of its own."""
 
     encoding = "utf-8"
 

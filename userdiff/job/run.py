@@ -54,7 +54,7 @@ _KEEPS = {  # what keeps a numeric as the folder began with it
 
 
 def run(config: JobConfig, shutdown: Shutdown) -> int:
-    """Run a job as the process that the launcher started, or as the only one; returns the exit status.
+    """Run this process of a job, one of those that the launcher started or the only one; returns the exit status.
 
     Raises UsageError for a wrong model or output folder, Halted when a signal, the disk or another process ended the
     job.
@@ -113,7 +113,7 @@ def compilation() -> Compilation | None:
 
 
 def _precision(config: JobConfig, device: torch.device, coordinator: Coordinator) -> str:
-    """Choose the precision: the flag's, else the launcher's, whose bf16 becomes fp16 on a GPU without it."""
+    """Return the precision: the flag's, else the launcher's, whose bf16 becomes fp16 on a GPU without bf16."""
     if config.mixed_precision:
         return config.mixed_precision
     precision: str = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
@@ -150,7 +150,7 @@ def _look_at_gpus(config: JobConfig, device: torch.device, coordinator: Coordina
 
 
 def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
-    """Run one process of a job, the main one or another; returns the exit status."""
+    """Run one process of a job whose model is loaded; returns the exit status."""
     if coordinator.is_main_process:
         return _run_main(config, model, coordinator)
     return 0 if config.dry_run else _run_other(config, model, coordinator)
@@ -160,27 +160,20 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
     """Find what is done, plan the rest, make images with the others, and merge; a dry run ends with the plan."""
     output_dir, recipe = config.output_dir, Recipe.of(model.identity, model.run)
     with output_folder.open_folder(config, model, coordinator) as (record, num_removed):
-        # What is there, and what is left to make.
-        is_as_if_removed = config.dry_run and config.overwrite
-        if num_removed or is_as_if_removed:
+        if num_removed or (config.overwrite and config.dry_run):
             removed = "To be removed" if config.dry_run else "Removed"
             console.write(f"{removed}: {count(num_removed, 'image')} of earlier runs, from {output_dir}")
-        found = (
-            Finished(Rows(), lost=[], foreign_files=[], foreign_images=[], has_manifest=False)
-            if is_as_if_removed
-            else _find(config, model, coordinator, record)
-        )
-        plan, numerics = _plan(config, model, coordinator, record, found)
+        plan, numerics, rows = _plan(config, model, coordinator, record)
         if config.dry_run:
             console.write(f"Dry run: nothing was made, and {output_dir} is as it was")
             return 0
-        # The folder as this run begins it. The manifest takes in what an interrupted run's parts hold.
+        # Prepare the folder. The manifest takes in the rows of an interrupted run's parts.
         remove_temporaries(output_dir)
         with errors_of("--output_dir"):
             for user_id in plan.user_ids:
                 (output_dir / layout.file_name(user_id, 0)).parent.mkdir(exist_ok=True)
-        record.manifest_sha256 = write_manifest(output_dir, found.rows)
-        del found  # 60 bytes an image
+        record.manifest_sha256 = write_manifest(output_dir, rows)
+        del rows  # 60 bytes an image
         with output_folder.history_entry(output_dir, record, numerics, plan, coordinator) as entry:
             # Every process, this one too, claims batches until none is left.
             coordinator.set("run", json.dumps([model.run, numerics]))
@@ -192,7 +185,7 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
                 coordinator.finish()
                 coordinator.wait_for_all(refresh)
             entry.published = coordinator.published()[0]
-            # What is there in the end is looked up, not assumed.
+            # Find out what is there in the end; do not assume it.
             rows = find_finished(output_dir, recipe, record.manifest_sha256, trust_parts=True).rows
             record.manifest_sha256 = write_manifest(output_dir, rows)
             missing = make_plan(plan.user_ids, plan.num_images_per_user, plan.batch_size, rows.image_indices())
@@ -226,25 +219,26 @@ def _run_other(config: JobConfig, model: JobModel, coordinator: Coordinator) -> 
     return 0
 
 
-def _find(config: JobConfig, model: JobModel, coordinator: Coordinator, record: RunRecord) -> Finished:
-    """Find what is finished; raises UsageError where images of unknown origin are in the way."""
-    found = find_finished(
-        config.output_dir,
-        Recipe.of(model.identity, model.run),
-        record.manifest_sha256,
-        track=lambda items, total: coordinator.shutdown.checked(show_reading(items, total)),
-    )
-    output_folder.refuse_foreign_images(config, model, found.foreign_images, "--output_dir")
-    return found
-
-
 def _plan(
-    config: JobConfig, model: JobModel, coordinator: Coordinator, record: RunRecord, found: Finished
-) -> tuple[Plan, dict[str, Any]]:
-    """Plan what is left and print it; returns the plan and the numerics of this run.
+    config: JobConfig, model: JobModel, coordinator: Coordinator, record: RunRecord
+) -> tuple[Plan, dict[str, Any], Rows]:
+    """Find what is done, plan the rest and print the plan; returns it, the numerics of this run, and the rows of what is done.
 
-    The record keeps the numerics of the first images; those of every run are in its history.
+    The record keeps the numerics of the first images; those of every run are in its history. Raises UsageError where
+    images of unknown origin are in the way.
     """
+    output_dir = config.output_dir
+    if config.overwrite and config.dry_run:  # as if everything had been removed
+        found = Finished(Rows(), lost=[], foreign_files=[], foreign_images=[], has_manifest=False)
+    else:
+        recipe, checked = Recipe.of(model.identity, model.run), coordinator.shutdown.checked
+        found = find_finished(
+            output_dir,
+            recipe,
+            record.manifest_sha256,
+            track=lambda items, total: checked(show_reading(items, total)),
+        )
+        output_folder.refuse_foreign_images(config, model, found.foreign_images, "--output_dir")
     batch_size, compress_level = config.batch_size_and_level(record.numerics, model.device.type)
     numerics = numerics_of(config, model, batch_size, compress_level)
     users = config.user_ids or model.user_index
@@ -258,9 +252,9 @@ def _plan(
         )
     console.announce(config, model, plan, coordinator.num_processes, found)
     if record.manifest_sha256 and not found.has_manifest:
-        what = "not as it was published" if (config.output_dir / layout.MANIFEST_NAME).exists() else "gone"
+        what = "not as it was published" if (output_dir / layout.MANIFEST_NAME).exists() else "gone"
         console.write(f"Note: {layout.MANIFEST_NAME} is {what}; its rows are made again from the images")
-    return plan, numerics
+    return plan, numerics, found.rows
 
 
 def numerics_of(config: JobConfig, model: JobModel, batch_size: int, compress_level: int) -> dict[str, Any]:

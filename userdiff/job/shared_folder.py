@@ -1,4 +1,4 @@
-"""Whether all machines share the output folder: found out before anything is written, not assumed."""
+"""Check that all machines share the output folder, before anything is written."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from userdiff.job.store import Coordinator
 from userdiff.shutdown import Halted
 
 LOOK_SECONDS = 0.2
-NUM_LOOKS = 450  # 90 s: network file systems keep what they know of a folder for up to a minute
+NUM_LOOKS = 450  # 90 s: network file systems cache the content of a folder for up to a minute
 
 
 @contextmanager
 def shown(output_dir: Path, coordinator: Coordinator) -> Iterator[None]:
-    """Keep a file in the folder, and go on once a process of every other machine has seen it (main process).
+    """Put a file into the folder, and go on once a process of every other machine has seen it (main process).
 
-    Its name is new, so that no machine remembers it as missing. It stays until the job ends, for processes that come
+    Its name is new, so that no machine has cached it as missing. It stays until the job ends, for processes that come
     late. Call it only while holding the folder's lock: files that killed jobs left are removed with it.
     """
     try:
@@ -40,9 +40,9 @@ def shown(output_dir: Path, coordinator: Coordinator) -> Iterator[None]:
 
 
 def look(output_dir: Path, coordinator: Coordinator) -> None:
-    """Return once this process sees the file that the main process shows; on its machine, at once. Writes nothing.
+    """Return once this process sees the file that the main process shows; on that one's machine, at once.
 
-    Raises UsageError where the file does not appear, and ends the job on every machine with that one line.
+    Writes nothing. Where the file does not appear, raises UsageError and ends the job on every machine with that line.
     """
     if coordinator.machine_index == 0:
         return
@@ -63,7 +63,7 @@ def look(output_dir: Path, coordinator: Coordinator) -> None:
 
 
 def look_meanwhile(output_dir: Path, coordinator: Coordinator) -> None:
-    """Look in a thread too, while this process loads its models, so that a slow machine holds up no other."""
+    """Look in a thread too, while this process loads its models, so that a slow machine does not hold up the others."""
 
     def look_quietly() -> None:
         with suppress(Halted, UsageError):  # every process has been told

@@ -130,7 +130,7 @@ class Coordinator:
     # Progress and failures
 
     def count_published(self, num_images: int, num_bytes: int) -> None:
-        """Add to what this process has published, from any thread; the others learn of it with its next batch or pulse."""
+        """Count published images, from any thread; the others learn of them with this process's next batch or pulse."""
         with self._count_lock:
             self._unreported[0] += num_images
             self._unreported[1] += num_bytes
@@ -139,7 +139,7 @@ class Coordinator:
         with self._count_lock:
             num_images, num_bytes = self._unreported
             self._unreported = [0, 0]
-        if num_images:
+        if num_images:  # their bytes first: whoever reads how many images there are finds the bytes of them all
             store.add("published_bytes", num_bytes)
             store.add("published", num_images)
 
@@ -170,7 +170,7 @@ class Coordinator:
     # Ending early
 
     def check(self) -> None:
-        """Raise Stopped or Failed if the job is to end early, and let the others know. Cheap: call it often."""
+        """Raise Stopped or Failed if the job is to end early, and tell the others. Cheap: call it often."""
         try:
             self.shutdown.check()
         except Halted as reason:
@@ -178,7 +178,7 @@ class Coordinator:
             raise
 
     def halt(self, error: BaseException, cause: str | None = None) -> None:
-        """Make every process end, for this cause or for an error here; the first reason is the one that counts."""
+        """End every process because of this error, in the words of `cause` if given; the first reason counts."""
         if isinstance(error, Halted):
             self.shutdown.set(error)
         cause = cause or f"{self.name}: {error or type(error).__name__}"
@@ -215,10 +215,9 @@ class Coordinator:
         return self._ask(lambda store: int(store.add(key, number)))
 
     def _store_lost(self, error: DistError) -> Halted:
-        """Return why the store is gone: it lives and dies with the launcher, ours or that of the first machine."""
-        if _wait(
-            self.shutdown.is_orphan, seconds=1
-        ):  # its connections close a moment before its children become orphans
+        """Return why the store is gone. It ends with the launcher, this machine's or that of the first machine."""
+        # A launcher's connections close a moment before its children become orphans.
+        if _wait(self.shutdown.is_orphan, seconds=1):
             return Stopped(signal.SIGTERM, is_alone=True)
         return Failed(
             f"lost contact with the launcher on {launcher.address()} ({str(error).splitlines()[0]})", is_alone=True

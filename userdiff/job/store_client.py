@@ -1,4 +1,4 @@
-"""A process's end of the store: one thread that talks to it, within a bound, and the others' signs of life."""
+"""One process's connection to the store: a thread that talks to it, and how long others have given no sign of life."""
 
 import queue
 import threading
@@ -12,35 +12,35 @@ from typing import Any, TypeVar
 from torch.distributed import DistError, Store
 
 PULSE_SECONDS = 1.0
-LOST_AFTER_PULSES = 60  # our own pulses: a process that was itself suspended has not waited
-GONE_AFTER_PULSES = 3  # for a process that has little else left to do but to leave
+LOST_AFTER_PULSES = 60  # in our own pulses: they do not count the time in which this process was suspended itself
+GONE_AFTER_PULSES = 3  # for a process that was told to leave
 CLOSE_SECONDS = 2.0
 
 T = TypeVar("T")
 
 
 class SignsOfLife:
-    """For how long other processes have given no sign of life, counted in the times that they were looked for."""
+    """How long other processes have given no sign of life, counted in looks."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[int, int]] = {}  # process -> (its count, how often in a row it was the same)
+        self._seen: dict[int, tuple[int, int]] = {}  # process -> (its beats, looks in a row that found no new one)
 
     def look_for(self, store: Store, other: int) -> None:
-        """Look once for a sign of life of another process."""
+        """Look for a new beat of another process."""
         beat = int(store.add(f"beat/{other}", 0))
         before, silent = self._seen.get(other, (beat, 0))
         self._seen[other] = beat, silent + 1 if beat == before else 0
 
     def has_died(self, other: int, looks: int) -> bool:
-        """Return whether that many looks found nothing new; LOST_AFTER_PULSES for one that never gave a sign."""
+        """Return whether so many looks in a row found nothing new; LOST_AFTER_PULSES if there never was a beat."""
         beat, silent = self._seen.get(other, (0, 0))
         return silent >= (looks if beat else LOST_AFTER_PULSES)
 
 
 class StoreClient:
-    """The one thread that talks to the store, so that nobody else waits for an answer without bound.
+    """The one thread that talks to the store, so that no other thread waits for an answer without bound.
 
-    A TCPStore whose machine vanished neither answers nor opens (tried), and whoever waits in it sees no signal.
+    A TCPStore whose machine vanished neither answers nor opens (tried), and a thread that waits in it sees no signal.
     """
 
     def __init__(self, open_store: Callable[[], Store], pulse: Callable[[Store], None]) -> None:
@@ -56,7 +56,7 @@ class StoreClient:
         answer: Future[T] = Future()
         self._requests.put((answer, operation))
         for _ in range(LOST_AFTER_PULSES):
-            if self._broken:  # nobody waits again for a store that has not answered once
+            if self._broken:  # once a store has not answered, nobody waits for it again
                 raise self._broken
             with suppress(NotYet):
                 return answer.result(timeout=PULSE_SECONDS)
@@ -64,9 +64,9 @@ class StoreClient:
         raise self._broken
 
     def close(self) -> None:
-        """End the thread; asking raises DistError from here on.
+        """End the thread; from here on, `ask` raises DistError.
 
-        The thread is waited for, since one in the midst of torch's store aborts the process when the interpreter ends;
+        Waits for the thread, since one that is still inside torch's store when the interpreter ends aborts the process;
         but not for long, since a store that is gone may never answer.
         """
         self._broken = self._broken or DistError("closed")
