@@ -75,6 +75,26 @@ def test_the_schedule_beside_the_unet_is_read(place, is_pipeline, truth, folder,
         assert "v_prediction" in capsys.readouterr().out
 
 
+def test_of_a_training_scripts_checkpoint_the_pipeline_around_it_has_the_schedule(truth, folder, make):
+    noise = DDPMScheduler(**TRAINING, prediction_type="v_prediction")
+    noise.save_pretrained(folder / "scheduler")
+    (folder / "checkpoint-10").mkdir()
+    (folder / "unet").rename(folder / "checkpoint-10" / "unet")
+    for path in (folder / "checkpoint-10", folder / "checkpoint-10" / "unet"):
+        out = make("--unet_path", path)
+        assert_parity(out, expected(truth, scheduler=DDIMScheduler.from_config(noise.config)))
+
+
+def test_a_dataset_of_before_the_schedule_was_read_is_refused_with_the_reason(folder, make, capsys):
+    make()
+    DDPMScheduler(**TRAINING, prediction_type="v_prediction").save_pretrained(folder / "scheduler")
+    capsys.readouterr()
+    make(status=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "noise_schedule.prediction_type" in line
+    assert str(folder / "scheduler" / "scheduler_config.json") in line
+
+
 def test_the_flag_goes_before_what_lies_beside(truth, folder, make, tmp_path):
     DDPMScheduler(**TRAINING, prediction_type="v_prediction").save_pretrained(folder / "scheduler")
     DDPMScheduler(**TRAINING).save_pretrained(tmp_path / "own")
@@ -149,6 +169,7 @@ UNKNOWN = {
     "continuous timesteps": ({"timestep_type": "continuous"}, ["timestep_type", "'continuous'"]),
     "two predictions": ({"predict_epsilon": False, "prediction_type": "v_prediction"}, ["predict_epsilon", "v_prediction"]),
     "a schedule unknown": ({"beta_schedule": "zigzag"}, ["beta_schedule", "'zigzag'"]),
+    "a range of nothing": ({"clip_sample": True, "clip_sample_range": None}, ["timestep"]),
     "no finite step": (
         {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "epsilon"},
         ["timestep 999", "v_prediction"],
@@ -337,6 +358,17 @@ def test_a_map_may_begin_at_0_and_names_no_null_row(truth, make, tmp_path, capsy
     assert (out / "manifest.csv").read_bytes() == before
     make("--user_map", tmp_path / "map.json", "--null_row", 2, status=2)
     assert "--null_row" in capsys.readouterr().err
+
+
+def test_a_table_of_a_null_row_alone_has_no_users(folder, make, tmp_path, capsys):
+    make("--null_row", 3, status=2)
+    assert "--null_row: 3 is out of range" in capsys.readouterr().err
+    tensors = load_file(folder / "condition_encoder.safetensors")
+    for num_rows, flag in ((1, "--null_row"), (0, "--condition_encoder_path")):
+        table = tensors["user_embedding.weight"][:num_rows].clone()
+        save_file({**tensors, "user_embedding.weight": table}, tmp_path / "e.safetensors")
+        make("--condition_encoder_path", tmp_path / "e.safetensors", "--null_row", 0, status=2)
+        assert capsys.readouterr().err.startswith(f"batch_generate.py: error: {flag}: ")
 
 
 def test_ids_with_gaps_are_pointed_at_the_flags_that_say_their_rows(make, capsys):

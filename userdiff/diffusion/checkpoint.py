@@ -150,24 +150,23 @@ def load_noise_scheduler(path: Path | None) -> SchedulerMixin:
 def schedule_beside(unet_path: Path) -> Path | None:
     """Return the `scheduler_config.json` that lies beside a UNet: in its folder, a pipeline's, or the one next to it.
 
-    Raises ValueError where two are there and differ.
+    Of a `checkpoint-1000/` that a training script left, the pipeline may be the folder around it. Raises ValueError where
+    two that are equally near differ.
     """
     folder = unet_path if unet_path.is_dir() else unet_path.parent
     if folder.name in ("", ".."):  # whose parent in writing is not that of the folder
         folder = folder.resolve()
-    of_pipeline = (folder.parent / "scheduler",) if _is_component(folder) else (folder / "unet",)
-    places = (folder, folder / "scheduler", *of_pipeline)
-    found = [place / SCHEDULE_NAME for place in places if (place / SCHEDULE_NAME).is_file()]
+    is_component = (folder / "config.json").is_file() or folder.name.startswith("unet")
+    pipeline = folder.parent if is_component else folder
+    places = [folder, folder / "scheduler", pipeline / "scheduler", pipeline / "unet"]
+    if pipeline.name.startswith("checkpoint") and not any((place / SCHEDULE_NAME).is_file() for place in places):
+        places = [pipeline.parent / "scheduler"]
+    found = [file for place in dict.fromkeys(places) if (file := place / SCHEDULE_NAME).is_file()]
     if len(found) > 1 and read_json(found[0]) != read_json(found[1]):
         raise ValueError(
             f"{found[0]} and {found[1]} differ, and either might be the UNet's; name the one that is meant"
         )
     return found[0] if found else None
-
-
-def _is_component(folder: Path) -> bool:
-    """Return whether a folder is one model of several that lie side by side, not the folder of all."""
-    return (folder / "config.json").is_file() or folder.name.startswith("unet")
 
 
 def ddim_scheduler(noise_scheduler: SchedulerMixin) -> DDIMScheduler:

@@ -81,6 +81,8 @@ def load_condition_encoder(
             f"{file} has {_TABLE} with shape {list(table.shape)}, needed: {[num_users, embed_dim]}, --num_users and the "
             f"UNet's cross_attention_dim{null_row}"
         )
+    if not num_rows:
+        raise ValueError(f"{file} has {_TABLE} with no rows, needed: one for every user")
     with torch.device("meta"):
         encoder = UserConditionEncoder(num_users or num_rows, embed_dim)
     check_fit(state, encoder.state_dict(), str(file), error=IncompatibleWeightsError)

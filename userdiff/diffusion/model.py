@@ -220,6 +220,8 @@ def _user_index(config: JobConfig, num_rows: int, on_warning: Callable[[str], No
         raise UsageError(
             f"--null_row: {config.null_row} is out of range, needed: 0 to {num_rows - 1}, a row of the table"
         )
+    if not num_user_rows:
+        raise UsageError(f"--null_row: {config.null_row} is the table's only row, needed: rows of users beside it")
     train_user_ids = config.train_user_ids
     if config.train_data_dir is not None:
         with errors_of("--train_data_dir"):

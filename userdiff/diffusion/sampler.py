@@ -57,7 +57,15 @@ def check_steps_finite(scheduler: "DDIMScheduler", num_inference_steps: int, eta
     scheduler.set_timesteps(num_inference_steps)
     latents, model_output = torch.randn((2, 1, 1, 4, 4), generator=Generator().manual_seed(0))
     for timestep in scheduler.timesteps.tolist():
-        stepped = scheduler.step(model_output, timestep, latents, eta=eta, variance_noise=latents, return_dict=False)[0]
+        try:
+            noise = latents if eta > 0 else None
+            stepped = scheduler.step(model_output, timestep, latents, eta=eta, variance_noise=noise, return_dict=False)[
+                0
+            ]
+        except Exception as error:  # a setting may be anything
+            raise ValueError(
+                f"the noise schedule has no step at timestep {timestep}: {error}, needed: numbers"
+            ) from error
         if not torch.isfinite(stepped).all():
             kind = scheduler.config.prediction_type
             noiseless = (

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -83,13 +83,27 @@ def _checked_record(config: JobConfig, model: JobModel, shutdown: Shutdown) -> R
     if record is None:
         _refuse_unknown_origin(config.output_dir, shutdown, model.run)
     elif changed := describe_differences(record.identity, model.identity):
-        precisions = [one.get("mixed_precision", "no") for one in (record.identity, model.identity)]
-        keeps = f"--mixed_precision {precisions[0]} keeps that; " if precisions[0] != precisions[1] else ""
         raise UsageError(
-            f"--output_dir: {config.output_dir} holds images made otherwise ({changed}); {keeps}use another folder, or start "
-            "again with --overwrite"
+            f"--output_dir: {config.output_dir} holds images made otherwise ({changed}); "
+            f"{_why_otherwise(config, model, record.identity)}use another folder, or start again with --overwrite"
         )
     return record
+
+
+def _why_otherwise(config: JobConfig, model: JobModel, before: Mapping[str, Any]) -> str:
+    """Return what else to say where a difference may not be of the user's own doing."""
+    precisions = [one.get("mixed_precision", "no") for one in (before, model.identity)]
+    why = f"--mixed_precision {precisions[0]} keeps that; " if precisions[0] != precisions[1] else ""
+    # Earlier versions did not read these, and made other images.
+    if (
+        before.get("noise_schedule") != model.identity["noise_schedule"]
+        and model.schedule
+        and not config.scheduler_path
+    ):
+        why += f"the schedule is read from {model.schedule}, unless --scheduler_path names another; "
+    if before.get("latents") != model.identity.get("latents"):
+        why += "latents are shifted where the VAE's config.json says so; "
+    return why
 
 
 def _refuse_unknown_origin(output_dir: Path, shutdown: Shutdown, run: str | None = None) -> None:
