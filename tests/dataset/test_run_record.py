@@ -54,6 +54,7 @@ def test_an_entry_knows_what_was_asked_for_and_how_long_it_took():
     assert entry.failed == [(3, 4), (7, 0)]
     assert entry.seconds() == 90
     assert RunEntry(**RUNNING).seconds() is None
+    assert replace(entry, ended=entry.started.replace("2026", "2025")).seconds() is None  # a clock was set back
     joined = RunEntry(**ENTRY, joined=["a", "b"])
     assert "joined" not in entry.to_json()
     assert joined.to_json()["joined"] == ["a", "b"]

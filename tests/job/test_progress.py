@@ -47,6 +47,24 @@ def test_a_terminal_gets_one_line_that_changes(monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["log", "terminal"])
+def test_the_rate_and_the_time_left_are_those_of_the_whole_run(monkeypatch, stream):
+    """Images come sixteen at a time every eight seconds, and in between the bar is asked forty times for nothing."""
+    now = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress.make_bar(640, done=320) as bar:
+        for _ in range(10):
+            for _ in range(40):
+                now[0] += 0.2
+                bar.update(0)
+            bar.update(16)
+    rates = [float(rate) for rate in re.findall(r"([\d.]+) images/s", stream.getvalue())]
+    assert rates[-1] == pytest.approx(2.0, rel=0.01)
+    assert max(rates) <= 2.0 * 1.01
+    assert "480/640 [01:20<01:20" in stream.getvalue()
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["log", "terminal"])
 def test_nothing_to_do_shows_nothing(monkeypatch, stream):
     monkeypatch.setattr(sys, "stderr", stream)
     with progress.make_bar(10, done=10) as bar:

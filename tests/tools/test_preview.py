@@ -429,11 +429,15 @@ def test_at_the_end_of_a_run_its_end_is_now(tmp_path):
     assert page.notices == ["The last run is under way, or was killed."]
 
 
-@pytest.mark.parametrize(("ended", "published"), [("2026-11-23T11:06:06+00:00", 4), ("2026-11-23T11:06:00+00:00", 4)])
-def test_a_run_of_no_time_has_no_rate(ended, published):
-    assert dict(run_summary.run_summary(record([entry(ended=ended, published=published)])))["Last run"].startswith(
-        "4 images in 0:00:00,"
-    )
+@pytest.mark.parametrize(
+    ("ended", "told"),
+    [("2026-11-23T11:06:06+00:00", "4 images in 0:00:00,"), ("2026-11-23T11:06:00+00:00", "4 images, ")],
+)
+def test_a_run_of_no_time_has_no_rate(ended, told):
+    """The clock may have been set back meanwhile."""
+    facts = dict(run_summary.run_summary(record([entry(ended=ended, published=4)])))
+    assert facts["Last run"].startswith(told)
+    assert "images/s" not in facts["Last run"]
 
 
 def test_a_long_fact_is_cut_between_words():

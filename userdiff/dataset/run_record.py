@@ -69,9 +69,13 @@ class RunEntry:
         return dict.fromkeys(ids, self.num_images_per_user)
 
     def seconds(self, now: datetime | None = None) -> float | None:
-        """Return how long the run took, until `now` if it has not ended; None where that cannot be told."""
+        """Return how long the run took, until `now` if it has not ended; None where that cannot be told.
+
+        Neither can it where the clock was set back meanwhile.
+        """
         ended = datetime.fromisoformat(self.ended) if self.ended else now
-        return (ended - datetime.fromisoformat(self.started)).total_seconds() if ended else None
+        seconds = (ended - datetime.fromisoformat(self.started)).total_seconds() if ended else -1.0
+        return seconds if seconds >= 0 else None
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as `run.json` has it."""

@@ -36,6 +36,7 @@ def make_bar(total: int, done: int = 0, **options: Any) -> tqdm:
         bar_format=("{l_bar}{bar}| " if is_terminal else "{l_bar} ") + counts,
         mininterval=_TERMINAL_SECONDS if is_terminal else _LOG_SECONDS,
         miniters=0,  # so that an update without news still moves the clock
+        smoothing=0,  # images come a batch at a time: a moving average of such bursts is far from the truth
         dynamic_ncols=is_terminal,
         file=sys.stderr if is_terminal else _Lines(sys.stderr),
         disable=total == done,

@@ -127,7 +127,7 @@ def _course(entry: RunEntry, ended: datetime | None) -> str:
     """Return how many images a run made, in which time, at which rate."""
     made, seconds = count(entry.published, "image"), entry.seconds(ended)
     if seconds is not None:
-        seconds = max(round(seconds), 0)
+        seconds = round(seconds)
         rate = f" ({entry.published / seconds:.3g} images/s)" if entry.published and seconds else ""
         made += f" in {timedelta(seconds=seconds)}{rate}"
     started = datetime.fromisoformat(entry.started)
