@@ -5,7 +5,13 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import Shape, make_checkpoint
@@ -13,7 +19,7 @@ from tests.definitions import read_csv
 from tests.jobs import run_job
 from tests.oracle import assert_parity, oracle_image
 from userdiff import JobConfig, load_model, make_image, parse_args
-from userdiff.diffusion.checkpoint import ddim_scheduler
+from userdiff.diffusion.checkpoint import ddim_scheduler, load_noise_scheduler
 from userdiff.diffusion.training_loop import generate_samples
 from userdiff.identity import identity_hash
 
@@ -120,10 +126,13 @@ SAVED = {  # what the file says -> what DDIM is to be built with
         {"_class_name": "DDPMScheduler", "predict_epsilon": True, "clip_sample": False},
         {"prediction_type": "epsilon", "clip_sample": False},
     ),
-    "of a sampler that never clips": ({"_class_name": "EulerDiscreteScheduler"}, {"clip_sample": False}),
+    "of a sampler that never clips, and whose default is another spacing": (
+        {"_class_name": "EulerDiscreteScheduler"},
+        {"clip_sample": False, "timestep_spacing": "linspace"},
+    ),
     "of a solver": (
-        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "solver_order": 2},
-        {"clip_sample": False},
+        {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 2, "timestep_spacing": "trailing"},
+        {"clip_sample": False, "timestep_spacing": "trailing"},
     ),
     "of a class that clips by default": ({"_class_name": "DDPMScheduler"}, {"clip_sample": True}),
     "of no class": ({}, {"clip_sample": False}),
@@ -196,8 +205,14 @@ def test_a_flow_matching_schedule_is_refused_everywhere(folder, make, capsys):
         ddim_scheduler(FlowMatchEulerDiscreteScheduler())
 
 
-def test_a_live_scheduler_that_never_clips_is_not_clipped():
-    assert not ddim_scheduler(EulerDiscreteScheduler(beta_schedule="scaled_linear")).config.clip_sample
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DDPMScheduler, PNDMScheduler])
+def test_a_live_scheduler_is_what_its_file_is(kind, tmp_path):
+    live = kind(beta_schedule="scaled_linear", beta_end=0.012)
+    live.save_pretrained(tmp_path)
+    edit(tmp_path / "scheduler_config.json", remove=["timestep_spacing", "prediction_type", "steps_offset"])
+    of_file, of_live = ddim_scheduler(load_noise_scheduler(tmp_path)), ddim_scheduler(live)
+    assert {**of_file.config, "_use_default_values": []} == {**of_live.config, "_use_default_values": []}
+    assert of_live.config.clip_sample == (kind is DDPMScheduler)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])

@@ -195,9 +195,8 @@ def _noise_schedule(settings: dict[str, Any], source: str) -> DDIMScheduler:
             raise ValueError(f"{source} has {name} {value!r}, needed: one of {', '.join(known)}")
     # What a file leaves out is its own class's default, not DDIM's. Most classes never clip and have no such setting.
     defaults = _parameters(getattr(diffusers, str(settings.get("_class_name")), object))
-    for name in ("num_train_timesteps", "beta_start", "beta_end", "clip_sample"):
-        if name in defaults:
-            settings.setdefault(name, defaults[name].default)
+    for name in _parameters(DDIMScheduler).keys() & defaults.keys() - {"self"}:
+        settings.setdefault(name, defaults[name].default)
     settings.setdefault("clip_sample", False)
     try:
         with silence():
