@@ -14,6 +14,7 @@ from typing import Any
 from userdiff.config import JobConfig, UsageError, natural_number, parse_args, path
 from userdiff.dataset.atomic import publish
 from userdiff.dataset.layout import MANIFEST_NAME, PREVIEW_NAME, file_name
+from userdiff.job import launcher
 from userdiff.shutdown import Halted, Shutdown, Stopped
 from userdiff.text import listed, refusal
 
@@ -98,7 +99,7 @@ def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py")
             shutdown.check()
             return run(config, shutdown)
     except UsageError as error:
-        if not _is_main_process():
+        if launcher.process_index():
             if shutdown.reason is not None:  # the main process has been told, and prints it
                 return error.exit_status
             # It finds the same error, prints it and ends the job; if it does not, this machine alone is the problem.
@@ -114,7 +115,7 @@ def _print_end(prog: str, config: JobConfig, end: Halted) -> None:
 
     The main process speaks for all of them; where processes can no longer reach it, the first of each machine does.
     """
-    if not _is_main_process() and not (end.is_alone and os.environ.get("LOCAL_RANK", "0") == "0"):
+    if launcher.process_index() and not (end.is_alone and launcher.local_process_index() == 0):
         return
     line = f"{prog}: {end}" if isinstance(end, Stopped) else f"{prog}: error: {end}"
     if end.exit_status != UsageError.exit_status:  # else the same command would do no better
@@ -123,10 +124,6 @@ def _print_end(prog: str, config: JobConfig, end: Halted) -> None:
         again = "the same command" + (", without --overwrite," if has_begun else "")
         line = f"{line}; {progress}, {again} goes on from there"
     _print_error(line, end.exit_status)
-
-
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_error(line: str, status: int) -> int:

@@ -3,6 +3,8 @@
 import pytest
 from torch.distributed import TCPStore
 
+from tests.checkpoints import model_flags
+from tests.jobs import run_job
 from userdiff.job import launcher
 
 
@@ -10,22 +12,54 @@ from userdiff.job import launcher
 def launched(monkeypatch):
     """Have this process be the first of two whose launcher keeps a store."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}.items():
+    environment = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    for name, value in {**environment, "TORCHELASTIC_RUN_ID": "none"}.items():
         monkeypatch.setenv(name, str(value))
     return store
 
 
-def test_one_process_alone_needs_no_launcher(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    assert (launcher.process_index(), launcher.num_processes(), launcher.machine_index(), launcher.num_machines()) == (
-        0,
-        1,
-        0,
-        1,
-    )
+LEFT_OVER = [
+    {},
+    {"RANK": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"},
+    {"WORLD_SIZE": "", "RANK": ""},
+    {"WORLD_SIZE": "1", "PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1"},
+    {"WORLD_SIZE": "many"},
+]
+
+
+@pytest.mark.parametrize("environment", LEFT_OVER, ids=str)
+def test_without_a_launcher_a_process_is_alone_whatever_is_left_over(environment, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    launcher.check_environment()
+    numbers = (launcher.process_index, launcher.machine_index, launcher.local_process_index)
+    assert [number() for number in numbers] == [0, 0, 0]
+    assert (launcher.num_processes(), launcher.num_machines(), launcher.num_local_processes()) == (1, 1, 1)
     launcher.open_store().set("plan", "1")
     assert not launcher.open_store().check(["plan"])
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "ACCELERATE_TORCH_DEVICE"])
+def test_a_variable_that_would_be_believed_is_named_at_once(name, checkpoint, tmp_path, monkeypatch, capsys):
+    """Torch waits thirty minutes for processes that nobody starts, and accelerate takes another device."""
+    monkeypatch.setenv(name, "2")
+    assert run_job(*model_flags(checkpoint), "--output_dir", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"batch_generate.py: error: {name}: 2 ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_launcher_is_believed(launched):
+    launcher.check_environment()
+    assert (launcher.process_index(), launcher.num_processes()) == (0, 2)
+
+
+def test_a_compiler_that_nobody_knows_is_named(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "STALE")
+    assert run_job(*model_flags(checkpoint), "--output_dir", tmp_path / "out", "--device", "cpu") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("batch_generate.py: error: --dynamo_backend: ")
+    assert "STALE" in line
 
 
 def test_processes_meet_in_the_launchers_store(launched):

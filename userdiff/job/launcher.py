@@ -3,22 +3,48 @@
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore
+from userdiff.config import UsageError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 CONNECT_TIMEOUT = timedelta(seconds=60)
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def is_launched() -> bool:
+    """Return whether torchrun started this process, as accelerate does where there are several.
+
+    It alone keeps a store in which they meet. A cluster sets the other variables too, or an earlier launch left them.
+    """
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def check_environment() -> None:
+    """Raise UsageError for variables that say what is not so, and that torch or accelerate would believe."""
+    for name in _SIZES:
+        size = os.environ.get(name, "")
+        if not is_launched() and size.isdecimal() and int(size) > 1:
+            raise UsageError(
+                f"{name}: {size} in the environment, but no launcher started this process, needed: accelerate launch; or "
+                f"env -u {name}, to run alone"
+            )
+    if device := os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        raise UsageError(f"ACCELERATE_TORCH_DEVICE: {device} in the environment, needed: not set; --device says which")
 
 
 def _number(name: str, alone: int) -> Callable[[], int]:
-    """Return a function that reads a number from the environment, `alone` where no launcher has set it."""
-    return lambda: int(os.environ.get(name, alone))
+    """Return a function that reads a number that the launcher has set; `alone` where there is no launcher."""
+    return lambda: int(os.environ.get(name, alone)) if is_launched() else alone
 
 
 process_index = _number("RANK", 0)
 num_processes = _number("WORLD_SIZE", 1)
 machine_index = _number("GROUP_RANK", 0)  # unlike a host name, it is unique: one machine may run two launches
 num_machines = _number("GROUP_WORLD_SIZE", 1)
+local_process_index = _number("LOCAL_RANK", 0)
 num_local_processes = _number("LOCAL_WORLD_SIZE", 1)
 restart_count = _number("TORCHELASTIC_RESTART_COUNT", 0)  # how often the launcher restarted the group after a failure
 
@@ -37,11 +63,13 @@ def address() -> str:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
-def open_store() -> Store:
+def open_store() -> "Store":
     """Open the job's store: in memory for one process, else on the launcher's own address and port.
 
     The launcher's store outlives a group of processes that it restarts, so the restart count is part of every key.
     """
+    from torch.distributed import HashStore, PrefixStore, TCPStore
+
     if num_processes() == 1:
         return HashStore()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -54,6 +82,8 @@ def process_group(timeout: timedelta) -> dict[str, Any]:
 
     They meet in `open_store`. In torch's own store, a restarted group could read the addresses of the one before, and hang.
     """
+    from torch.distributed import PrefixStore
+
     store = PrefixStore("process_group", open_store())
     store.set_timeout(timeout)
     return {

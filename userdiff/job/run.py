@@ -75,7 +75,8 @@ def run(config: JobConfig, shutdown: Shutdown) -> int:
             except OSError as error:
                 raise output_folder.disk_failure(error) from error
     finally:
-        PartialState().destroy_process_group()
+        if launcher.is_launched():
+            PartialState().destroy_process_group()
 
 
 # What a process begins with ------------------------------------------------------------------------------------------
@@ -85,14 +86,18 @@ def join_processes(requested_device: str) -> torch.device:
     """Join the launcher's process group, where there is one, and return the device of this process.
 
     The device is resolved first: accelerate's launcher does not tell its processes to stay on the CPU. The group is gloo
-    on GPUs too. No collective is ever called, but accelerate assigns the GPUs by it.
+    on GPUs too. No collective is ever called, but accelerate assigns the GPUs by it; a process alone needs neither.
     """
+    launcher.check_environment()
     has_cuda = torch.cuda.is_available()
     if requested_device == "cuda" and not has_cuda:
         raise UsageError("--device: no CUDA device is available here, use --device cpu")
     use_cpu = not has_cuda or (requested_device != "cuda" and parse_flag_from_env("ACCELERATE_USE_CPU"))
-    group = launcher.process_group(JOIN_TIMEOUT) if torch.distributed.is_torchelastic_launched() else {}
-    return PartialState(cpu=use_cpu or requested_device == "cpu", **group).device
+    use_cpu = use_cpu or requested_device == "cpu"
+    if not launcher.is_launched():
+        return torch.device("cpu") if use_cpu else torch.device("cuda", torch.cuda.current_device())
+    device: torch.device = PartialState(cpu=use_cpu, **launcher.process_group(JOIN_TIMEOUT)).device
+    return device
 
 
 def set_kernels(allow_tf32: bool) -> None:
@@ -105,7 +110,8 @@ def set_kernels(allow_tf32: bool) -> None:
 
 def compilation() -> Compilation | None:
     """Return how the launcher's `dynamo_config` has the models compiled; None where it does not."""
-    dynamo = TorchDynamoPlugin()
+    with errors_of("--dynamo_backend"):
+        dynamo = TorchDynamoPlugin()
     if dynamo.backend == DynamoBackend.NO:
         return None
     with errors_of("--dynamo_mode"):
