@@ -22,11 +22,11 @@ from torch.distributed import HashStore
 from benchmarks.checkpoint import EMBED_DIM, LATENTS, NUM_USERS, model_flags
 from userdiff import UserConditionEncoder
 from userdiff.config import DEFAULT_COMPRESS_LEVEL, parse_args
-from userdiff.diffusion import checkpoint as models
 from userdiff.diffusion.acceleration import memory_format, token_vectors
 from userdiff.diffusion.conditioning import load_condition_encoder
 from userdiff.diffusion.model import DTYPES, load_model
 from userdiff.diffusion.sampler import DECODED_AT_ONCE
+from userdiff.diffusion.schedule import ddim_scheduler, load_noise_scheduler
 from userdiff.job import run as runner
 from userdiff.job.plan import make_plan
 from userdiff.job.store import Coordinator
@@ -54,7 +54,7 @@ def _load(
     unet = UNet2DConditionModel.from_pretrained(args.checkpoint / "unet", torch_dtype=dtype).eval().to(args.device)
     vae = AutoencoderKL.from_pretrained(args.checkpoint / "vae", torch_dtype=dtype).eval().to(args.device)
     encoder = load_condition_encoder(args.checkpoint, NUM_USERS, EMBED_DIM).to(args.device)
-    return unet, vae, encoder, models.ddim_scheduler(models.load_noise_scheduler(None))
+    return unet, vae, encoder, ddim_scheduler(load_noise_scheduler(None))
 
 
 def original(args: argparse.Namespace) -> Commands:
@@ -147,7 +147,9 @@ def job(args: argparse.Namespace) -> Commands:
 
     def work(deadline: float) -> int:
         with _Until(deadline) as coordinator:
-            runner.make_images(config, model, plan, coordinator, on_step=coordinator.check)
+            runner.make_images(
+                config, model, plan, coordinator, compress_level=args.png_compress_level, on_step=coordinator.check
+            )
             return coordinator.published()[0]
 
     return {"work": work, "floor": lambda deadline: until(deadline, passes)}

@@ -21,8 +21,7 @@ from benchmarks.throughput import ROOT
 from userdiff.config import BUNDLED_CHECKPOINT, parse_args
 from userdiff.dataset.layout import file_name
 from userdiff.diffusion import generate
-from userdiff.diffusion.acceleration import Compilation
-from userdiff.diffusion.cuda_graph import GraphedUNet
+from userdiff.diffusion.acceleration import Compilation, GraphedUNet
 from userdiff.diffusion.model import DTYPES, JobModel, load_model
 from userdiff.job import run as runner
 from userdiff.seeds import Item
@@ -265,7 +264,7 @@ def _finish(process: subprocess.Popen[bytes]) -> None:
     finally:
         end_group(process)
     if status:
-        log = Path(process.args[-1]).with_suffix(".log")  # type: ignore[arg-type,index]
+        log = Path(process.args[-1]).with_suffix(".log")
         sys.exit(f"a job ended with status {status}: {log.read_text(errors='replace')[-2000:]}")
 
 

@@ -161,7 +161,7 @@ def trace(setting: Setting) -> Rows:
         for number, context in ((2, nullcontext()), (num_batches, traced)):  # first, all is compiled and recorded
             plan = make_plan((1,), size * number, size)
             with Coordinator(HashStore, 0, 1) as coordinator, context:
-                runner.make_images(config, model, plan, coordinator, on_step=coordinator.check)
+                runner.make_images(config, model, plan, coordinator, compress_level=6, on_step=coordinator.check)
                 _synchronize()
         yield from _of_trace(setting, way, traced, num_batches)
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import checkpoint
 from benchmarks.gpu_checks import COMPILATION, Rows, Setting
 from userdiff.diffusion import acceleration
-from userdiff.diffusion.cuda_graph import GraphedUNet
+from userdiff.diffusion.acceleration import GraphedUNet
 from userdiff.job import run as runner
 
 REPEATS = 20

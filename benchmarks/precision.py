@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from userdiff.dataset.images import file_name
 
 from userdiff.cli import generate
+from userdiff.dataset.layout import file_name
 from userdiff.demo.digits import NUM_USERS
 from userdiff.demo.quality import accuracy_by_digit, split_digits, train_classifier, train_plain_classifier
 

@@ -110,7 +110,7 @@ def work(case: Case, output_dir: Path, *, is_static: bool) -> None:
         time.sleep(case.delays()[index])
         if is_static:
             own = iter([*range(index, case.num_batches, coordinator.num_processes), case.num_batches])
-            coordinator.next_batch = own.__next__  # type: ignore[method-assign]
+            coordinator.next_batch = own.__next__
         config = JobConfig(**bundled_model(), output_dir=output_dir)
         with patch.object(generate, "start", sleep):
             make_images(config, MODEL, plan, coordinator, compress_level=6, on_step=coordinator.check)

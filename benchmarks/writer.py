@@ -13,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from userdiff.dataset.images import WriterPool, encode_png, publish
+
+from userdiff.dataset.atomic import publish
+from userdiff.dataset.png import encode_png
+from userdiff.job.worker import WriterPool
 
 TEXT = {"userdiff_run": "0" * 64, "user_id": "1", "image_index": "0", "seed": "0"}
 LEVELS = (1, 3, 6, 9)

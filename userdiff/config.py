@@ -259,6 +259,7 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         """Check every value; nothing is corrected silently."""
+        self._take_what_python_gives()
         flags = [(declared, getattr(self, declared.name)) for declared in dataclasses.fields(self)]
         for declared, value in flags:
             choices = declared.metadata.get("choices")
@@ -296,6 +297,15 @@ class JobConfig:
             self.batch_size or numerics.get("batch_size", DEFAULT_BATCH_SIZE[device_type]),
             numerics.get("png_compress_level", DEFAULT_COMPRESS_LEVEL) if level is None else level,
         )
+
+    def _take_what_python_gives(self) -> None:
+        """Let a path be a string, and a size one number, where this is built by hand."""
+        for declared in dataclasses.fields(self):
+            value = getattr(self, declared.name)
+            if declared.metadata.get("type") is path and isinstance(value, str):
+                object.__setattr__(self, declared.name, path(value))
+        if isinstance(self.sample_size, int):
+            object.__setattr__(self, "sample_size", (self.sample_size,))
 
     @staticmethod
     def _check_ids(name: str, ids: Sequence[int] | None) -> None:

@@ -15,9 +15,10 @@ from userdiff.demo.quality import (
     train_classifier,
     train_plain_classifier,
 )
-from userdiff.diffusion.checkpoint import ddim_scheduler, load_noise_scheduler, load_unet, load_vae
+from userdiff.diffusion.checkpoint import load_unet, load_vae
 from userdiff.diffusion.conditioning import UserConditionEncoder, load_condition_encoder
 from userdiff.diffusion.sampler import decode, denoise, initial_latents, item_generators, latents_shape, to_uint8
+from userdiff.diffusion.schedule import ddim_scheduler, load_noise_scheduler
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from userdiff.demo.digits import NUM_USERS
 from userdiff.demo.quality import CHECKPOINT
 from userdiff.demo.train import new_vae, normalise_latents, parse_args, publish, stratified_timesteps, train
-from userdiff.diffusion.checkpoint import check_agreement, ddim_scheduler, load_noise_scheduler, load_unet, load_vae
+from userdiff.diffusion.checkpoint import check_agreement, load_unet, load_vae
 from userdiff.diffusion.conditioning import load_condition_encoder
+from userdiff.diffusion.schedule import ddim_scheduler, load_noise_scheduler
 
 TINY = {
     "vae_steps": "3",

@@ -19,14 +19,14 @@ from userdiff.diffusion.acceleration import (
     ChannelwiseGroupNorm,
     Compilation,
     FusedSelfAttnProcessor,
+    GraphedUNet,
     token_vectors,
     use_fused_self_attention,
     use_single_token,
     use_timestep_table,
 )
-from userdiff.diffusion.checkpoint import ddim_scheduler, load_noise_scheduler
-from userdiff.diffusion.cuda_graph import GraphedUNet
 from userdiff.diffusion.model import load_model
+from userdiff.diffusion.schedule import ddim_scheduler, load_noise_scheduler
 
 SHAPES = {
     "as in use": {},

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from userdiff.diffusion import checkpoint as models
+from userdiff.diffusion import schedule
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -109,11 +110,11 @@ def test_a_vae_and_a_unet_of_other_latents_do_not_go_together(folder):
 
 def test_a_scheduler_folder_is_read_and_its_absence_said(tmp_path, checkpoint):
     with pytest.raises(FileNotFoundError, match=r"holds no scheduler_config\.json"):
-        models.load_noise_scheduler(tmp_path)
-    default = models.load_noise_scheduler(None)
+        schedule.load_noise_scheduler(tmp_path)
+    default = schedule.load_noise_scheduler(None)
     default.save_pretrained(tmp_path / "scheduler")
     for path in (tmp_path, tmp_path / "scheduler"):
-        loaded = models.load_noise_scheduler(path)
+        loaded = schedule.load_noise_scheduler(path)
         assert torch.equal(loaded.alphas_cumprod, default.alphas_cumprod)
 
 

@@ -20,8 +20,7 @@ from tests.checkpoints import model_flags
 from userdiff.config import parse_args
 from userdiff.diffusion import generate
 from userdiff.diffusion import model as loading
-from userdiff.diffusion.acceleration import ChannelwiseGroupNorm, Compilation, FusedSelfAttnProcessor
-from userdiff.diffusion.cuda_graph import GraphedUNet
+from userdiff.diffusion.acceleration import ChannelwiseGroupNorm, Compilation, FusedSelfAttnProcessor, GraphedUNet
 
 GPU = torch.device("cuda", 1)
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

@@ -7,7 +7,7 @@ from tests.checkpoints import Shape, make_checkpoint, model_flags
 from tests.jobs import run_job
 from tests.oracle import assert_parity, oracle_image
 from userdiff.config import BUNDLED_CHECKPOINT
-from userdiff.diffusion.checkpoint import ddim_scheduler
+from userdiff.diffusion.schedule import ddim_scheduler
 
 SHAPES = {
     "default": (Shape(), {}),

@@ -19,7 +19,7 @@ from tests.definitions import read_csv
 from tests.jobs import run_job
 from tests.oracle import assert_parity, oracle_image
 from userdiff import JobConfig, load_model, make_image, parse_args
-from userdiff.diffusion.checkpoint import ddim_scheduler, load_noise_scheduler
+from userdiff.diffusion.schedule import ddim_scheduler, load_noise_scheduler
 from userdiff.diffusion.training_loop import generate_samples
 from userdiff.identity import identity_hash
 

@@ -115,7 +115,7 @@ def test_on_step_is_asked_before_every_pass_and_ends_the_loop(live):
 
 
 def sampling_scheduler(live):
-    from userdiff.diffusion.checkpoint import ddim_scheduler
+    from userdiff.diffusion.schedule import ddim_scheduler
 
     return ddim_scheduler(live["noise_scheduler"])
 

@@ -86,7 +86,7 @@ def test_what_save_pretrained_writes_loads(options, folder, truth):
 def test_a_variant_beside_the_weights_is_not_used_and_is_named(folder, truth):
     save_file(truth[0], folder / "unet" / f"{STEM}.safetensors")
     save_file({name: tensor.half() for name, tensor in truth[0].items()}, folder / "unet" / f"{STEM}.fp16.safetensors")
-    assert_unet(folder, truth, notes=[f"{STEM}.fp16.safetensors is there too and is not used"])
+    assert_unet(folder, truth, notes=[f"also holds {STEM}.fp16.safetensors, which is not used"])
 
 
 def test_a_stale_index_gives_way_to_a_whole_file(folder, truth):

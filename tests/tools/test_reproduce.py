@@ -17,7 +17,7 @@ from tests.checkpoints import model_flags
 from tests.jobs import run_job
 from tests.oracle import assert_parity, oracle_seed
 from userdiff import UserConditionEncoder, generate_samples, load_model, make_image, parse_args
-from userdiff.diffusion.checkpoint import TRAINING_NOISE
+from userdiff.diffusion.schedule import TRAINING_NOISE
 
 CPU = torch.device("cpu")
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from userdiff.config import BUNDLED_CHECKPOINT
 from userdiff.demo.digits import NUM_USERS, load_digits
-from userdiff.diffusion.checkpoint import load_noise_scheduler, load_unet, load_vae
+from userdiff.diffusion.checkpoint import load_unet, load_vae
 from userdiff.diffusion.conditioning import load_condition_encoder
+from userdiff.diffusion.schedule import load_noise_scheduler
 from userdiff.diffusion.training_loop import generate_samples
 
 CHECKPOINT = BUNDLED_CHECKPOINT

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from userdiff.demo.digits import IMAGE_SIZE, NUM_USERS, load_digits
 from userdiff.demo.quality import CHECKPOINT, report
-from userdiff.diffusion.checkpoint import load_noise_scheduler, load_vae
+from userdiff.diffusion.checkpoint import load_vae
 from userdiff.diffusion.conditioning import FILE_STEM, UserConditionEncoder
+from userdiff.diffusion.schedule import load_noise_scheduler
 from userdiff.diffusion.training_loop import generate_samples
 
 KL_WEIGHT = 1e-4  # per latent value, beside an error per pixel value: noise of about 1 % of the range

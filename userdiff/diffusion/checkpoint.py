@@ -1,17 +1,18 @@
-"""Loading the VAE, the UNet and the noise schedule, strictly, and hashing what was loaded.
+"""Loading the VAE and the UNet, strictly, and hashing what was loaded.
 
-What decides pixels is read from beside the weights. A setting that is neither honoured nor known to be harmless stops.
+A setting that is neither honoured nor known to be harmless stops.
 """
 
 import hashlib
 import inspect
+import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from torch import Tensor
 
 from userdiff.diffusion.weights import (
@@ -28,20 +29,9 @@ from userdiff.diffusion.weights import (
 )
 from userdiff.text import listed
 
-# What the training loop builds. By keyword: diffusers notes positional arguments as defaults, which `from_config` of
-# another scheduler class then drops without a word.
-TRAINING_NOISE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "prediction_type": "epsilon",
-}
-
+_LONGEST = 200  # characters of a library's message
 IMAGE_CHANNELS = (1, 3, 4)  # that a PNG may have
-SCHEDULE_NAME = "scheduler_config.json"
-_AS_SAVED = "needed: what diffusers' save_pretrained writes"
+AS_SAVED = "needed: what diffusers' save_pretrained writes"
 _OTHER_CONDITIONS = (
     "class_embed_type",
     "num_class_embeds",
@@ -52,29 +42,6 @@ _OTHER_CONDITIONS = (
 _HARMLESS_OF_UNET = {  # how `EMAModel.save_pretrained` averaged
     *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"),
 }
-_DDIM_KNOWS = {  # of some others diffusers would say so only in the middle of a job
-    "prediction_type": ("epsilon", "sample", "v_prediction"),
-    "timestep_spacing": ("leading", "trailing", "linspace"),
-}
-_DDIM_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-_OF_OTHER_SAMPLERS = {  # how another sampler walks, or what it adds; not what the model was trained on
-    *("algorithm_type", "corrector_order", "disable_corrector", "euler_at_final", "final_sigmas_type", "flow_shift"),
-    *("interpolation_type", "lambda_min_clipped", "lower_order_final", "original_inference_steps", "predict_x0"),
-    *(
-        "predictor_order",
-        "sigma_max",
-        "sigma_min",
-        "skip_prk_steps",
-        "solver_order",
-        "solver_p",
-        "solver_type",
-        "tau_func",
-    ),
-    *("tensor_format", "time_shift_type", "timestep_scaling", "use_beta_sigmas", "use_exponential_sigmas"),
-    *("use_karras_sigmas", "use_lu_lambdas", "variance_type"),
-}
-_OFF = {"use_flow_sigmas": False, "use_dynamic_shifting": False, "timestep_type": "discrete", "shift_terminal": None}
-"""Settings of other samplers that are harmless at this value alone."""
 
 
 def load_vae(path: Path, on_note: Callable[[str], None] = ignore) -> AutoencoderKL:
@@ -83,29 +50,37 @@ def load_vae(path: Path, on_note: Callable[[str], None] = ignore) -> Autoencoder
     on_note: called with a line on every choice between what is there.
     """
     vae = _load(AutoencoderKL, path, "vae", None, on_note)
-    config = vae.config
-    factor, channels = config.scaling_factor, config.out_channels
-    if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
-        raise ValueError(
-            f"scaling_factor is {factor!r}, needed: a number above 0, what latents were multiplied by; --scaling_factor"
-        )
-    if channels not in IMAGE_CHANNELS:
-        raise ValueError(f"the VAE makes images of {channels} channels, needed: 1, 3 or 4, as a PNG has")
-    if config.shift_factor is not None and not isinstance(config.shift_factor, int | float):
-        raise ValueError(f"shift_factor is {config.shift_factor!r}, needed: a number, or null")
-    statistics = (config.latents_mean, config.latents_std)
-    if statistics != (None, None):
-        _check_statistics(*statistics, config.latent_channels, has_shift=bool(config.shift_factor))
+    check_vae(vae)
     return vae
 
 
-def _check_statistics(mean: Any, std: Any, num_channels: int, *, has_shift: bool) -> None:
+def check_vae(vae: AutoencoderKL) -> None:
+    """Raise ValueError for settings with which no latents could be decoded, or no images saved."""
+    config = vae.config
+    if config.out_channels not in IMAGE_CHANNELS:
+        raise ValueError(f"the VAE makes images of {config.out_channels} channels, needed: 1, 3 or 4, as a PNG has")
+    factor = config.scaling_factor
+    if not _is_finite(factor) or factor <= 0:
+        raise ValueError(
+            f"scaling_factor is {factor!r}, needed: a number above 0, what latents were multiplied by; --scaling_factor"
+        )
+    if config.shift_factor is not None and not _is_finite(config.shift_factor):
+        raise ValueError(f"shift_factor is {config.shift_factor!r}, needed: a number, or null")
+    mean, std = config.latents_mean, config.latents_std
+    if mean is None and std is None:
+        return
     for name, values in (("latents_mean", mean), ("latents_std", std)):
         numbers = values if isinstance(values, list | tuple) else ()
-        if len(numbers) != num_channels or not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError(f"{name} is {values!r}, needed: {num_channels} numbers, one a channel, or both null")
-    if has_shift:
+        if len(numbers) != config.latent_channels or not all(map(_is_finite, numbers)):
+            raise ValueError(f"{name} is {values!r}, needed: {config.latent_channels} numbers, or both null")
+    if 0 in std:
+        raise ValueError(f"latents_std is {std!r}, needed: numbers other than 0")
+    if config.shift_factor:
         raise ValueError("shift_factor, latents_mean and latents_std are all set, needed: one way to shift latents")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def load_unet(
@@ -121,123 +96,16 @@ def load_unet(
 
 
 def config_file(path: Path) -> Path:
-    """Return a model's config.json, given that or its folder. Raises ValueError or OSError where it cannot be read."""
-    file = path / "config.json" if path.is_dir() else path
+    """Return a UNet's config.json, given that or its folder. Raises ValueError or OSError where it cannot be read."""
+    inside = [file for file in (path / "config.json", path / "unet" / "config.json") if file.is_file()]
+    file = inside[0] if inside else path
     read_json(file)
     return file
 
 
-def load_noise_scheduler(path: Path | None) -> SchedulerMixin:
-    """Load the noise schedule a model was trained with; without a path, the training default.
-
-    `path` is a `scheduler_config.json` of any scheduler class whose settings DDIM can honour, its folder, or one that
-    holds that as `scheduler/`. Raises ValueError for settings that nothing could be sampled with.
-    """
-    if path is None:
-        return DDPMScheduler(**TRAINING_NOISE)
-    if path.is_file():
-        return _noise_schedule(read_json(path), str(path))
-    for folder in (path, path / "scheduler"):
-        if (folder / SCHEDULE_NAME).is_file():
-            return _noise_schedule(read_json(folder / SCHEDULE_NAME), str(folder / SCHEDULE_NAME))
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path} is not a folder, needed: one that holds {SCHEDULE_NAME}, or holds it in scheduler/"
-        )
-    raise FileNotFoundError(f"{path} holds no {SCHEDULE_NAME}, nor does {path / 'scheduler'}, {_AS_SAVED}")
-
-
-def schedule_beside(unet_path: Path) -> Path | None:
-    """Return the `scheduler_config.json` that lies beside a UNet: in its folder, a pipeline's, or the one next to it.
-
-    Of a `checkpoint-1000/` that a training script left, the pipeline may be the folder around it. Raises ValueError where
-    two that are equally near differ.
-    """
-    folder = unet_path if unet_path.is_dir() else unet_path.parent
-    if folder.name in ("", ".."):  # whose parent in writing is not that of the folder
-        folder = folder.resolve()
-    is_component = (folder / "config.json").is_file() or folder.name.startswith("unet")
-    pipeline = folder.parent if is_component else folder
-    places = [folder, folder / "scheduler", pipeline / "scheduler", pipeline / "unet"]
-    if pipeline.name.startswith("checkpoint") and not any((place / SCHEDULE_NAME).is_file() for place in places):
-        places = [pipeline.parent / "scheduler"]
-    found = [file for place in dict.fromkeys(places) if (file := place / SCHEDULE_NAME).is_file()]
-    if len(found) > 1 and read_json(found[0]) != read_json(found[1]):
-        raise ValueError(
-            f"{found[0]} and {found[1]} differ, and either might be the UNet's; name the one that is meant"
-        )
-    return found[0] if found else None
-
-
-def ddim_scheduler(noise_scheduler: SchedulerMixin) -> DDIMScheduler:
-    """Make the sampler's scheduler from the training loop's, whatever its class.
-
-    Differs from `DDIMScheduler.from_config(noise_scheduler.config)` in three things: settings that diffusers noted as
-    defaults (positional arguments are, whatever their value) are kept, not reset to DDIM's own defaults; samples are
-    clipped only where the scheduler says so, not by DDIM's default; and what DDIM cannot honour raises ValueError.
-    """
-    return _noise_schedule(dict(noise_scheduler.config), type(noise_scheduler).__name__)
-
-
-def _noise_schedule(settings: dict[str, Any], source: str) -> DDIMScheduler:
-    """Make a DDIM scheduler from the settings of any class; `source` is what messages call them."""
-    settings = {name: value for name, value in settings.items() if name != "_use_default_values"}
-    if "beta_schedule" not in settings and settings.get("trained_betas") is None:  # as flow matching has none
-        raise ValueError(f"{source} has no beta_schedule, needed: the noise schedule of training")
-    _honour_predict_epsilon(settings, source)
-    _check_known(settings, DDIMScheduler, _OF_OTHER_SAMPLERS | _OFF.keys(), source)
-    for name, off in _OFF.items():
-        if settings.get(name, off) not in (off, None):
-            raise ValueError(f"{source} has {name} {settings[name]!r}, which DDIM cannot honour, needed: {off!r}")
-    for name, known in _DDIM_KNOWS.items():
-        value = settings.get(name, known[0])
-        if value not in known:
-            raise ValueError(f"{source} has {name} {value!r}, needed: one of {', '.join(known)}")
-    # What a file leaves out is its own class's default, not DDIM's. Most classes never clip and have no such setting.
-    defaults = _parameters(getattr(diffusers, str(settings.get("_class_name")), object))
-    for name in _parameters(DDIMScheduler).keys() & defaults.keys() - {"self"}:
-        settings.setdefault(name, defaults[name].default)
-    settings.setdefault("clip_sample", False)
-    try:
-        with silence():
-            scheduler = DDIMScheduler.from_config(_known(_with_betas(settings), DDIMScheduler))
-            scheduler.set_timesteps(1)
-    except Exception as error:  # a setting may be anything
-        raise ValueError(f"{source} is no noise schedule: {_one_line(error)}; {_AS_SAVED}") from error
-    alphas = scheduler.alphas_cumprod
-    if len(alphas) != scheduler.config.num_train_timesteps or not bool(((alphas >= 0) & (alphas <= 1)).all()):
-        raise ValueError(f"{source} is no noise schedule, needed: num_train_timesteps betas from 0 to 1")
-    return scheduler
-
-
-def _honour_predict_epsilon(settings: dict[str, Any], source: str) -> None:
-    """Turn what diffusers before 0.10 called `predict_epsilon` into today's `prediction_type`."""
-    predicts_epsilon = settings.pop("predict_epsilon", None)
-    if predicts_epsilon is None:
-        return
-    said = "epsilon" if predicts_epsilon else "sample"
-    if settings.setdefault("prediction_type", said) != said:
-        raise ValueError(
-            f"{source} has predict_epsilon {predicts_epsilon!r} and prediction_type {settings['prediction_type']!r}, needed: "
-            "one of them, or both alike"
-        )
-
-
-def _with_betas(settings: dict[str, Any]) -> dict[str, Any]:
-    """Compute the betas of a schedule that DDPM knows and DDIM does not, such as `sigmoid`."""
-    if settings.get("trained_betas") is not None or settings["beta_schedule"] in _DDIM_SCHEDULES:
-        return settings
-    asked = {name: settings[name] for name in ("num_train_timesteps", "beta_start", "beta_end") if name in settings}
-    try:
-        betas = DDPMScheduler(beta_schedule=settings["beta_schedule"], **asked).betas
-    except NotImplementedError as error:
-        raise ValueError(f"beta_schedule {settings['beta_schedule']!r} is none that DDIM or DDPM knows") from error
-    return {**settings, "trained_betas": betas.tolist()}
-
-
-def _check_known(settings: Mapping[str, Any], configured: Any, harmless: set[str], source: str) -> None:
+def check_known(settings: Mapping[str, Any], configured: Any, harmless: set[str], source: str) -> None:
     """Raise ValueError for a setting that is set, and that this class would drop without a word."""
-    parameters = _parameters(configured)
+    parameters = parameters_of(configured)
     unknown = [
         f"{name} {value!r}"
         for name, value in settings.items()
@@ -250,8 +118,9 @@ def _check_known(settings: Mapping[str, Any], configured: Any, harmless: set[str
         )
 
 
-def _known(settings: Mapping[str, Any], configured: Any) -> dict[str, Any]:
-    parameters = _parameters(configured)
+def known_settings(settings: Mapping[str, Any], configured: Any) -> dict[str, Any]:
+    """Return those settings that a class has."""
+    parameters = parameters_of(configured)
     return {name: value for name, value in settings.items() if name in parameters}
 
 
@@ -272,9 +141,36 @@ def check_agreement(vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
         )
     if not isinstance(unet.config.cross_attention_dim, int):
         raise ValueError(f"cross_attention_dim is {unet.config.cross_attention_dim!r}, needed: one whole number")
+    if not any(getattr(module, "is_cross_attention", False) for module in unet.modules()):
+        raise ValueError("the UNet has no cross-attention, needed: some, or no user's token would change its images")
     for name in _OTHER_CONDITIONS:
         if unet.config[name] is not None:
             raise ValueError(f"{name} is {unet.config[name]!r}, needed: none, the user's token is the only condition")
+
+
+def check_unet_runs(unet: UNet2DConditionModel) -> None:
+    """Raise ValueError where a pass fails, tried on latents as small as can be.
+
+    A config.json may hold a number, or null, that only the arithmetic of some layer finds to be none.
+    """
+    side = 2 ** (len(unet.config.block_out_channels) - 1)
+    latents = torch.zeros(1, unet.config.in_channels, side, side)
+    token = torch.zeros(1, 1, unet.config.cross_attention_dim)
+    _check_pass("UNet", lambda: unet(latents, torch.tensor(0), token))
+
+
+def check_vae_runs(vae: AutoencoderKL) -> None:
+    """Raise ValueError where decoding fails, tried on latents as small as can be, as of a UNet."""
+    _check_pass("VAE", lambda: vae.decode(torch.zeros(1, vae.config.latent_channels, 1, 1)))
+
+
+def _check_pass(kind: str, compute: Callable[[], object]) -> None:
+    try:
+        with torch.inference_mode(), silence():
+            compute()
+    except Exception as error:  # a setting may be anything
+        what = one_line(error)[:_LONGEST]
+        raise ValueError(f"the {kind} cannot compute with its config.json ({what}), {AS_SAVED}") from error
 
 
 def enlargement(vae: AutoencoderKL) -> int:
@@ -293,7 +189,7 @@ def other_sample_size(vae: AutoencoderKL, unet: UNet2DConditionModel) -> int | N
     A VAE at the default of its class says nothing: most trainers never set it.
     """
     pixels, size = vae.config.sample_size, unet.config.sample_size
-    default = _parameters(AutoencoderKL)["sample_size"].default
+    default = parameters_of(AutoencoderKL)["sample_size"].default
     if not isinstance(pixels, int) or pixels == default or pixels % enlargement(vae):
         return None
     side = pixels // enlargement(vae)
@@ -315,7 +211,7 @@ def config_values(configured: ConfigMixin) -> dict[str, Any]:
 
     So neither a path, nor a version, nor an option that a later diffusers adds, counts as a difference.
     """
-    parameters = _parameters(type(configured))
+    parameters = parameters_of(type(configured))
     return {
         name: value
         for name, value in configured.config.items()
@@ -333,17 +229,23 @@ def _load(model_class: Any, path: Path, name: str, config_path: Path | None, on_
     found = _class_name(settings, model_class)
     if found != model_class.__name__:
         raise ValueError(f"{config.parent} holds a {found}, needed: {model_class.__name__}")
-    _check_known(settings, model_class, _HARMLESS_OF_UNET, str(config))
+    check_known(settings, model_class, _HARMLESS_OF_UNET, str(config))
     try:
         with silence(), torch.device("meta"):  # no time is spent on numbers that the file's replace
-            model = model_class.from_config(_known(settings, model_class))
+            model = model_class.from_config(known_settings(settings, model_class))
     except Exception as error:  # a setting may be anything
-        raise ValueError(f"{config} cannot be used: {_one_line(error)}; {_AS_SAVED}") from error
+        raise ValueError(f"{config} cannot be used: {one_line(error)}; {AS_SAVED}") from error
     needed = model.state_dict()
     tensors, file = load_own(sets, needed, f"{name}_state_dict", on_note)
     check_fit(tensors, needed, str(file), by=f" by {config}")
     model.load_state_dict(as_float32(tensors, needed, str(file)), assign=True)
     return model.eval().requires_grad_(requires_grad=False)
+
+
+def unet_folders(path: Path, config_path: Path | None) -> list[Path]:
+    """Return the folders in which a UNet's files lie: that of its config.json first, then that of its weights."""
+    config, sets = _find(UNet2DConditionModel, path, "unet", config_path, ignore)
+    return list(dict.fromkeys([config.parent, sets[0].files[0].parent]))
 
 
 def _find(
@@ -370,7 +272,8 @@ def _find(
 def _find_folder(model_class: Any, path: Path, name: str, on_note: Callable[[str], None], *, has_config: bool) -> Path:
     """Find a model's folder: `path` itself, or the one of its `name` in it."""
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder, needed: one that holds config.json, or holds it in {name}/")
+        what = "is not a folder" if os.path.lexists(path) else "does not exist"
+        raise FileNotFoundError(f"{path} {what}, needed: a folder that holds config.json, or holds it in {name}/")
     places = [path, path / name]
     folders = [folder for folder in places if _is_config_of(model_class, folder / "config.json")]
     if len(folders) > 1:
@@ -383,7 +286,7 @@ def _find_folder(model_class: Any, path: Path, name: str, on_note: Callable[[str
     folders += [folder for folder in reversed(places) if has_config and folder.is_dir()]
     if not folders:
         raise FileNotFoundError(
-            f"{path} holds no config.json, nor does {path / name} ({contents(path)}), {_AS_SAVED}{_or_flag(name)}"
+            f"{path} holds no config.json, nor does {path / name} ({contents(path)}), {AS_SAVED}{_or_flag(name)}"
         )
     beside = folders[0].absolute().with_name(averaged)
     if folders[0].absolute().name == name and (beside / "config.json").is_file():
@@ -396,19 +299,25 @@ def _or_flag(name: str) -> str:
 
 
 def _is_config_of(model_class: Any, file: Path) -> bool:
-    return file.is_file() and _class_name(read_json(file), model_class) == model_class.__name__
+    try:
+        return file.is_file() and _class_name(read_json(file), model_class) == model_class.__name__
+    except ValueError:
+        return False
 
 
 def _class_name(settings: Mapping[str, Any], model_class: Any) -> str:
     """Return the class that a config.json is of; one written by hand may not name it, but has its settings."""
-    parameters = _parameters(model_class)
-    is_likely = bool(settings) and all(name in parameters for name in settings)
-    return str(settings.get("_class_name", model_class.__name__ if is_likely else "model of no class"))
+    parameters = parameters_of(model_class)
+    own = [name for name in settings if not name.startswith("_")]
+    is_likely = bool(own) and all(name in parameters for name in own)
+    return str(settings.get("_class_name") or (model_class.__name__ if is_likely else "model of no class"))
 
 
-def _parameters(configured: Any) -> Mapping[str, inspect.Parameter]:
+def parameters_of(configured: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the settings that a class of diffusers has, with their defaults."""
     return inspect.signature(configured.__init__).parameters
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return the text of a library's error as part of a line of ours."""
     return " ".join(str(error).split()).rstrip(".")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from userdiff.diffusion.weights import (
+    FILE_SUFFIXES,
     NoFitError,
     NoWeightsError,
     Weights,
@@ -24,7 +25,7 @@ from userdiff.diffusion.weights import (
 FILE_STEM = "condition_encoder"
 TRAINING_CHECKPOINT_KEY = "condition_encoder_state_dict"
 _TABLE = "user_embedding.weight"
-_USER_FOLDER = re.compile(r"(?:(?:ID|user)[_-]?)?([0-9]{1,18})", re.IGNORECASE)
+_USER_NAME = re.compile(r"(?:(?:ID|user)[_-]?)?([0-9]{1,19})", re.IGNORECASE)  # of a training set's folders
 
 
 class UserConditionEncoder(nn.Module):
@@ -68,7 +69,7 @@ def load_condition_encoder(
     with torch.device("meta"):  # takes no memory: a --num_users that is wrong may be huge
         names = UserConditionEncoder(1, embed_dim).state_dict()
     try:
-        state, file = load_own(_find_weights(path), names, TRAINING_CHECKPOINT_KEY, on_note)
+        state, file = load_own(_find_weights(path, on_note), names, TRAINING_CHECKPOINT_KEY, on_note)
     except NoFitError as error:
         raise IncompatibleWeightsError(str(error)) from error
     table = state.get(_TABLE)
@@ -97,16 +98,19 @@ def random_condition_encoder(num_users: int, embed_dim: int, seed: int) -> UserC
         return UserConditionEncoder(num_users, embed_dim).eval()
 
 
-def _find_weights(path: Path) -> list[Weights]:
+def _find_weights(path: Path, on_note: Callable[[str], None]) -> list[Weights]:
     if path.is_dir():
-        candidates = [path / f"{FILE_STEM}{suffix}" for suffix in (".safetensors", ".pt")]
+        candidates = [path / f"{FILE_STEM}{suffix}" for suffix in FILE_SUFFIXES]
         found = [Weights((file,), file.name) for file in candidates if file.is_file()]
         if found:
+            for file in sorted(path.glob(f"{FILE_STEM}*")):
+                if file not in candidates:
+                    on_note(f"{file} is there too and is not used; --condition_encoder_path {file} uses it")
             return found
         try:
             return find_weights(path, FILE_STEM)[0]
         except NoWeightsError:
-            names = " nor ".join(file.name for file in candidates)
+            names = f"{FILE_STEM}.safetensors nor {FILE_STEM}.pt"
             raise FileNotFoundError(f"{path} holds neither {names} ({contents(path)}); name the file") from None
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected {FILE_STEM}.pt, .safetensors or their folder")
@@ -132,14 +136,15 @@ def user_index_map(
     return dict(zip(range(1, len(rows) + 1) if train_user_ids is None else sorted(train_user_ids), rows, strict=False))
 
 
-def user_ids_of_folders(data_dir: Path) -> tuple[int, ...]:
+def user_ids_of_folders(data_dir: Path, on_note: Callable[[str], None] = ignore) -> tuple[int, ...]:
     """Return the user ids that a training set's folders are named for, ascending: `ID_17`, `user_17` or `17`.
 
     Other files and folders are passed over. Raises ValueError where there are no such folders, and where two name one user.
+    on_note: called with a line where the order of names, in which some trainers number their classes, is another.
     """
     folder_of: dict[int, str] = {}
     for folder in sorted(path.name for path in data_dir.iterdir() if path.is_dir()):
-        match = _USER_FOLDER.fullmatch(folder)
+        match = _USER_NAME.fullmatch(folder)
         if match:
             user_id = int(match[1])
             if user_id in folder_of:
@@ -148,6 +153,11 @@ def user_ids_of_folders(data_dir: Path) -> tuple[int, ...]:
     if not folder_of:
         raise ValueError(
             f"{data_dir} has no folder named for a user ({contents(data_dir)}), needed: such as ID_17, user_17, 17"
+        )
+    if list(folder_of) != sorted(folder_of):  # they were looked at in the order of names
+        on_note(
+            f"rows are counted by the numbers in the names of {data_dir}; a trainer that sorted the names themselves, as "
+            "torchvision's ImageFolder does, has another order, which --user_map can say"
         )
     return tuple(sorted(folder_of))
 
@@ -165,7 +175,8 @@ def _read_user_map(path: Path, num_rows: int, null_row: int | None) -> dict[int,
     index_by_id: dict[int, int] = {}
     user_of: dict[int, int] = {}
     for text, index in pairs:
-        user_id = int(text) if re.fullmatch("[0-9]{1,19}", text) else -1
+        named = _USER_NAME.fullmatch(text)
+        user_id = int(named[1]) if named else -1
         if not 0 <= user_id < 10**18:
             raise ValueError(f"{path} names user {brief(text)}, needed: a whole number from 0 to 10^18-1")
         if user_id in index_by_id:

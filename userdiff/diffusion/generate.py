@@ -18,9 +18,8 @@ from torch._dynamo.exc import TorchDynamoException
 
 from userdiff.config import JobConfig
 from userdiff.diffusion import gpu_errors, sampler
-from userdiff.diffusion.acceleration import token_vectors
+from userdiff.diffusion.acceleration import GraphedUNet, token_vectors
 from userdiff.diffusion.conditioning import UserConditionEncoder
-from userdiff.diffusion.cuda_graph import GraphedUNet
 from userdiff.diffusion.model import JobModel
 from userdiff.seeds import Item, item_seed
 from userdiff.shutdown import Failed

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from userdiff.config import JobConfig, UsageError, errors_of
 from userdiff.diffusion import acceleration
 from userdiff.diffusion import checkpoint as models
-from userdiff.diffusion.acceleration import Compilation
+from userdiff.diffusion.acceleration import Compilation, GraphedUNet
 from userdiff.diffusion.conditioning import (
     IncompatibleWeightsError,
     UserConditionEncoder,
@@ -21,13 +21,24 @@ from userdiff.diffusion.conditioning import (
     user_ids_of_folders,
     user_index_map,
 )
-from userdiff.diffusion.cuda_graph import GraphedUNet
-from userdiff.diffusion.sampler import check_steps_finite, check_timesteps, latents_shape
-from userdiff.identity import OPTION_DEFAULTS, describe_differences, identity_hash, make_identity
+from userdiff.diffusion.sampler import latents_shape
+from userdiff.diffusion.schedule import (
+    check_steps_finite,
+    check_timesteps,
+    ddim_scheduler,
+    load_noise_scheduler,
+    schedule_beside,
+)
+from userdiff.identity import identity_hash, make_identity
 from userdiff.text import count, format_ids
 
 MAX_JOB_IMAGES = 10**8  # the plan of so many takes gigabytes
 _CPU = torch.device("cpu")
+_DECIDE_PIXELS = (  # flags, beside what lies in the files that they name
+    *("vae_path", "unet_path", "unet_config", "condition_encoder_path", "scheduler_path", "train_user_ids"),
+    *("train_data_dir", "user_map", "null_row", "sample_size", "scaling_factor", "vae_output_range"),
+    *("on_incompatible_weights", "num_inference_steps", "seed", "eta", "mixed_precision"),
+)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -49,6 +60,8 @@ class JobModel:
     """How the models are compiled: `inductor`, for instance; `no` where they are not."""
     identity: dict[str, Any]
     """What decides the pixels; see `userdiff.identity`."""
+    config: JobConfig
+    """The flags with which they were loaded."""
     schedule: Path | None
     """Where the noise schedule was read; None for the training default."""
     notes: tuple[str, ...] = ()
@@ -90,7 +103,7 @@ def has_bf16(device: torch.device) -> bool:
 
 def load_model(
     config: JobConfig,
-    device: torch.device = _CPU,
+    device: torch.device | str = _CPU,
     precision: str = "no",
     compilation: Compilation | None = None,
 ) -> JobModel:
@@ -98,6 +111,9 @@ def load_model(
 
     precision: `no` (float32), `fp16` or `bf16`.
     """
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: no CUDA device is available here, use --device cpu")
     _check_precision(precision, device)
     if compilation:
         with errors_of("--dynamo_backend"):
@@ -106,6 +122,7 @@ def load_model(
     warnings: list[str] = []
     with errors_of("--vae_path"):
         vae = models.load_vae(config.vae_path, notes.append)
+        models.check_vae_runs(vae)
     with errors_of("--unet_config"):
         unet_config = config.unet_config and models.config_file(config.unet_config)
     with errors_of("--unet_path"):
@@ -118,15 +135,16 @@ def load_model(
         if config.scaling_factor:
             vae.register_to_config(scaling_factor=config.scaling_factor)
         models.check_agreement(vae, unet)
+        models.check_unet_runs(unet)
     with errors_of("--scheduler_path"):
-        schedule = config.scheduler_path or models.schedule_beside(config.unet_path)
-        scheduler = models.ddim_scheduler(models.load_noise_scheduler(schedule))
+        schedule = config.scheduler_path or schedule_beside(config.unet_path, unet_config)
+        scheduler = ddim_scheduler(load_noise_scheduler(schedule))
     with errors_of("--num_inference_steps"):
         check_timesteps(scheduler, config.num_inference_steps)
     with errors_of("--scheduler_path"):
         check_steps_finite(scheduler, config.num_inference_steps, config.eta)
     encoder, trained = _load_condition_encoder(config, unet.config.cross_attention_dim, notes.append)
-    user_index = _user_index(config, encoder.user_embedding.num_embeddings, warnings.append)
+    user_index = _user_index(config, encoder.user_embedding.num_embeddings, notes.append, warnings.append)
     contents = {
         "vae": {"weights": models.content_hash(vae.state_dict()), "config": models.config_values(vae)},
         "unet": {"weights": models.content_hash(unet.state_dict()), "config": models.config_values(unet)},
@@ -147,6 +165,7 @@ def load_model(
         device=device,
         compiled=str(compilation or "no"),
         identity=_identity(config, contents, precision, vae_precision, trained, models.shifts_latents(vae)),
+        config=config,
         schedule=schedule,
         notes=tuple(notes),
         warnings=tuple(warnings),
@@ -154,15 +173,13 @@ def load_model(
 
 
 def check_config(model: JobModel, config: JobConfig) -> None:
-    """Raise ValueError where a model's identity says other sampling settings than these: its images would be others."""
-    required = {**model.identity, "seed": config.seed, "num_inference_steps": config.num_inference_steps}
-    asked = {**_sampling_options(config), "mixed_precision": config.mixed_precision}
-    options = {name: model.identity.get(name, default) for name, default in OPTION_DEFAULTS.items()}
-    options |= {name: value for name, value in asked.items() if value is not None}
-    identity = make_identity({name: required[name] for name in required.keys() - OPTION_DEFAULTS.keys()}, options)
-    if identity != model.identity:
-        changed = describe_differences(model.identity, identity)
-        raise ValueError(f"config: the model was loaded with other settings ({changed}), needed: load_model(config)")
+    """Raise ValueError where a model was loaded with other flags than these, so that its images would be others."""
+    for name in _DECIDE_PIXELS:
+        loaded, asked = (getattr(one, name) for one in (model.config, config))
+        if isinstance(loaded, Path) and isinstance(asked, Path):
+            loaded, asked = loaded.absolute(), asked.absolute()
+        if loaded != asked and not (name == "mixed_precision" and None in (loaded, asked)):
+            raise ValueError(f"--{name}: the model was loaded with {loaded}, not {asked}, needed: load_model(config)")
 
 
 def _identity(
@@ -175,7 +192,8 @@ def _identity(
 ) -> dict[str, Any]:
     required = {**contents, "seed": config.seed, "num_inference_steps": config.num_inference_steps}
     options = {
-        **_sampling_options(config),
+        "eta": float(config.eta),
+        "vae_output_range": config.vae_output_range,
         "mixed_precision": precision,
         "vae_precision": "bf16" if (precision, vae_precision) == ("fp16", "bf16") else "default",
         "conditioning": conditioning,
@@ -184,13 +202,11 @@ def _identity(
     return make_identity(required, options)
 
 
-def _sampling_options(config: JobConfig) -> dict[str, Any]:
-    return {"eta": float(config.eta), "vae_output_range": config.vae_output_range}
-
-
 def _contradicting_sizes(vae: AutoencoderKL, unet: UNet2DConditionModel, other: int) -> str:
     size, times = unet.config.sample_size, models.enlargement(vae)
-    made = f"{size * times} pixels" if isinstance(size, int) else "images"
+    made = (
+        " x ".join(str(side * times) for side in (size if isinstance(size, list | tuple) else [size] * 2)) + " pixels"
+    )
     return (
         f"the UNet's sample_size {size} makes {made}, the VAE's own sample_size is {vae.config.sample_size}; "
         f"--sample_size {other} makes what the VAE was trained on, --sample_size with the UNet's says that it is right"
@@ -213,7 +229,9 @@ def _place(module: torch.nn.Module, device: torch.device, precision: str, memory
     return to(module, device, DTYPES[precision], memory_format=memory_format)
 
 
-def _user_index(config: JobConfig, num_rows: int, on_warning: Callable[[str], None]) -> dict[int, int]:
+def _user_index(
+    config: JobConfig, num_rows: int, on_note: Callable[[str], None], on_warning: Callable[[str], None]
+) -> dict[int, int]:
     """Return the row of every user; raises UsageError for users that are asked for and have none."""
     num_user_rows = num_rows - (config.null_row is not None)
     if config.null_row is not None and config.null_row >= num_rows:
@@ -225,7 +243,7 @@ def _user_index(config: JobConfig, num_rows: int, on_warning: Callable[[str], No
     train_user_ids = config.train_user_ids
     if config.train_data_dir is not None:
         with errors_of("--train_data_dir"):
-            train_user_ids = user_ids_of_folders(config.train_data_dir)
+            train_user_ids = user_ids_of_folders(config.train_data_dir, on_note)
             if len(train_user_ids) != num_user_rows:
                 raise ValueError(
                     f"{config.train_data_dir} has folders of {count(len(train_user_ids), 'user')}, the table has rows for "

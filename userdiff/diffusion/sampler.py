@@ -38,45 +38,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def check_timesteps(scheduler: "DDIMScheduler", num_inference_steps: int) -> None:
-    """Raise ValueError for a number of steps whose timesteps the noise schedule of training does not have."""
-    steps = scheduler.config.num_train_timesteps
-    if not 1 <= num_inference_steps <= steps:
-        raise ValueError(f"{num_inference_steps} is out of range, needed: 1 to {steps}, the steps of training")
-    scheduler.set_timesteps(num_inference_steps)
-    first, last = int(scheduler.timesteps.max()), int(scheduler.timesteps.min())
-    if not 0 <= last <= first < steps:
-        raise ValueError(
-            f"{num_inference_steps} asks for the steps {first} to {last} of training, needed: {steps - 1} to 0; fewer, or "
-            "another steps_offset in --scheduler_path"
-        )
-
-
-def check_steps_finite(scheduler: "DDIMScheduler", num_inference_steps: int, eta: float) -> None:
-    """Raise ValueError where the arithmetic of a step is not finite: try each on random numbers, before any UNet pass."""
-    scheduler.set_timesteps(num_inference_steps)
-    latents, model_output = torch.randn((2, 1, 1, 4, 4), generator=Generator().manual_seed(0))
-    for timestep in scheduler.timesteps.tolist():
-        try:
-            noise = latents if eta > 0 else None
-            stepped = scheduler.step(model_output, timestep, latents, eta=eta, variance_noise=noise, return_dict=False)[
-                0
-            ]
-        except Exception as error:  # a setting may be anything
-            raise ValueError(
-                f"the noise schedule has no step at timestep {timestep}: {error}, needed: numbers"
-            ) from error
-        if not torch.isfinite(stepped).all():
-            kind = scheduler.config.prediction_type
-            noiseless = (
-                "; at zero terminal SNR no noise can be told from the signal, needed: v_prediction, or leading spacing"
-            )
-            raise ValueError(
-                f"the noise schedule has no finite step at timestep {timestep} for prediction_type {kind}"
-                + noiseless * (kind == "epsilon")
-            )
-
-
 @torch.no_grad()
 def denoise(
     unet: "UNet2DConditionModel",

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from userdiff.diffusion.checkpoint import check_agreement, ddim_scheduler
+from userdiff.config import MAX_SEED
+from userdiff.diffusion.checkpoint import check_agreement, check_vae
 from userdiff.diffusion.conditioning import UserConditionEncoder
 from userdiff.diffusion.generate import sample
 from userdiff.diffusion.sampler import (
     check_output_range,
-    check_steps_finite,
-    check_timesteps,
     contradicts_range,
     finite_images,
     to_uint8,
 )
+from userdiff.diffusion.schedule import check_steps_finite, check_timesteps, ddim_scheduler
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -52,11 +52,13 @@ def generate_samples(
     belong together, a schedule that DDIM cannot honour, steps it does not have. Warns of images that are not finite, and of
     a VAE of another range. Puts the models in eval mode and back, and leaves the global generators alone.
     """
+    user_ids = [int(user_id) for user_id in user_ids]  # of an array or a tensor, too
     num_users = condition_encoder.user_embedding.num_embeddings
     rows = {user_id: user_id - 1 for user_id in range(1, num_users + 1)} if user_index is None else user_index
     unknown = [user_id for user_id in user_ids if user_id not in rows]
     if unknown or not user_ids:
         raise ValueError(f"user_ids: {unknown or 'none'} given, this model has users {sorted(rows)}")
+    _check_rows(rows, num_users)
     if num_images_per_user < 1 or batch_size < 1:
         raise ValueError(
             f"num_images_per_user {num_images_per_user}, batch_size {batch_size}, needed: 1 or more of each"
@@ -64,7 +66,15 @@ def generate_samples(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: {eta} is out of range, needed: 0 to 1")
     check_output_range(vae_output_range)
+    if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed: {seed!r} is out of range, needed: 0 to {MAX_SEED}")
+    check_vae(vae)
     check_agreement(vae, unet)
+    width = condition_encoder.user_embedding.embedding_dim
+    if width != unet.config.cross_attention_dim:
+        raise ValueError(
+            f"the encoder's tokens are {width} wide, needed: {unet.config.cross_attention_dim}, the UNet's"
+        )
     scheduler = ddim_scheduler(noise_scheduler)
     check_timesteps(scheduler, num_inference_steps)
     check_steps_finite(scheduler, num_inference_steps, eta)
@@ -93,6 +103,15 @@ def generate_samples(
                 warnings.warn("some of the decoded images are not finite", stacklevel=3)
             images.append(to_uint8(sampled).cpu())
     return torch.cat(images)
+
+
+def _check_rows(rows: Mapping[int, int], num_users: int) -> None:
+    if not isinstance(rows, Mapping):
+        raise ValueError(f"user_index: {type(rows).__name__}, needed: a mapping of user id to row of the embedding")
+    if wrong := [row for row in rows.values() if not 0 <= row < num_users]:
+        raise ValueError(f"user_index: row {wrong[0]} is out of range, needed: 0 to {num_users - 1}")
+    if len(set(rows.values())) < len(rows):
+        raise ValueError("user_index: two users have one row, needed: one for each user")
 
 
 @contextmanager

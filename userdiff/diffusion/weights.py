@@ -30,6 +30,7 @@ FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """What DDP, torch.compile, FSDP and activation checkpointing put into the names of a module's tensors."""
+_NUM_AVERAGED = "n_averaged"  # beside the tensors of torch's AveragedModel
 _OLD_ATTENTION = (  # diffusers before 0.13 -> since
     (".query.", ".to_q."),
     (".key.", ".to_k."),
@@ -90,33 +91,22 @@ def find_weights(folder: Path, stem: str = DIFFUSERS_STEM) -> tuple[list[Weights
     compares what they hold. A variant (`fp16`, `non_ema`) is returned only where nothing else is there, as diffusers does.
     Raises NoWeightsError where there are none, ValueError where shards are missing.
     """
-    found, broken, notes = [], [], []
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    for file in files:
-        whole = re.fullmatch(rf"{stem}(?:\.([^.]+))?(?:\.safetensors|\.bin)", file.name)
-        index = re.fullmatch(rf"{stem}\.(?:safetensors|bin)\.index(?:\.([^.]+))?\.json", file.name)
-        if whole and not _SHARD.fullmatch(file.name):
-            found.append(Weights((file,), file.name, whole[1] or ""))
-        elif index:
-            shards = sorted(set(_shard_names(file)))
-            if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-                broken.append(f"{file.name} names {listed(missing, limit=3)}, which {folder} does not hold")
-            else:
-                found.append(Weights(tuple(folder / shard for shard in shards), file.name, index[1] or ""))
-    usual = [weights for weights in found if not weights.variant]
-    chosen, beside = (usual, [weights for weights in found if weights.variant]) if usual else (found, [])
+    found, broken = _whole_and_sharded(files, stem)
+    chosen = [weights for weights in found if not weights.variant] or found
     if chosen:
-        notes += [
-            f"{folder / weights.name} is there too and is not used; name the file itself to use it"
-            for weights in beside
-        ]
-        notes += [f"{what}; {chosen[0].name} is complete, and used" for what in broken]
+        used = {file for weights in chosen for file in weights.files}
+        others = [file.name for file in files if _is_other(file) and file not in used]
+        notes = [f"{what}; {chosen[0].name} is complete, and used" for what in broken]
+        if others:
+            notes.append(
+                f"{folder} also holds {listed(others, limit=3)}, which is not used; name the file itself to use it"
+            )
         return chosen, notes
     if broken:
         raise ValueError(f"{broken[0]}, needed: all shards, or one whole file")
-    accelerate = [Weights((file,), file.name) for file in files if _ACCELERATE.fullmatch(file.name)]
-    if accelerate:
-        return accelerate, notes
+    if accelerate := [Weights((file,), file.name) for file in files if _ACCELERATE.fullmatch(file.name)]:
+        return accelerate, []
     if shards := [file.name for file in files if _SHARD.fullmatch(file.name)]:
         raise ValueError(
             f"{folder} holds {listed(shards, limit=2)}, but not their {stem}...index.json, needed: that too"
@@ -128,6 +118,29 @@ def find_weights(folder: Path, stem: str = DIFFUSERS_STEM) -> tuple[list[Weights
     raise NoWeightsError(
         f"{folder} holds no weights ({contents(folder)}), needed: {stem}.safetensors, or the name of the file"
     )
+
+
+def _whole_and_sharded(files: Sequence[Path], stem: str) -> tuple[list[Weights], list[str]]:
+    """Return the weights that are complete, and what is to be said of an index whose shards are not all there."""
+    found, broken = [], []
+    for file in files:
+        whole = re.fullmatch(rf"{stem}(?:\.([^.]+))?(?:\.safetensors|\.bin)", file.name)
+        index = re.fullmatch(rf"{stem}\.(?:safetensors|bin)\.index(?:\.([^.]+))?\.json", file.name)
+        if whole and not _SHARD.fullmatch(file.name):
+            found.append(Weights((file,), file.name, whole[1] or ""))
+        elif index:
+            shards = [file.with_name(name) for name in sorted(set(_shard_names(file)))]
+            if missing := [shard.name for shard in shards if not shard.is_file()]:
+                broken.append(f"{file} names {listed(missing, limit=3)}, which are not there")
+            else:
+                found.append(Weights(tuple(shards), file.name, index[1] or ""))
+    return found, broken
+
+
+def _is_other(file: Path) -> bool:
+    """Return whether a file may hold weights, and not a trainer's or an optimizer's state."""
+    is_state = re.match(r"optimizer|scheduler|scaler|random_states", file.name)
+    return file.suffix in FILE_SUFFIXES and not is_state and not _SHARD.fullmatch(file.name)
 
 
 def contents(folder: Path) -> str:
@@ -169,7 +182,7 @@ def read(weights: Weights, on_note: Callable[[str], None] = ignore) -> dict[str,
     content: dict[str, Any] = {}
     for file in weights.files:
         part = _read_file(file, on_note)
-        if not isinstance(part, Mapping):
+        if not isinstance(part, Mapping) or (isinstance(part, _Foreign) and not part):
             raise ValueError(
                 f"{file} holds one {type(part).__name__}, needed: a state dict of tensors by name{_save_the_state_dict(part)}"
             )
@@ -232,17 +245,18 @@ def _read_foreign(file: Path, on_note: Callable[[str], None]) -> Any:
     return content
 
 
-class _Foreign:
-    """Stands for an object of a class that is not loaded: takes whatever pickle gives it, and keeps nothing."""
+class _Foreign(dict[Any, Any]):
+    """Stands for an object of a class that is not loaded: takes whatever pickle gives it, and keeps items of a mapping."""
 
     def __new__(cls, *_args: Any, **_options: Any) -> "_Foreign":  # noqa: PYI034 - typing.Self is newer than Python 3.10
-        return object.__new__(cls)
+        return super().__new__(cls)
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
 
     def __init__(self, *_args: Any, **_options: Any) -> None: ...
 
     def __setstate__(self, _state: Any) -> None: ...
-
-    def __setitem__(self, _key: Any, _value: Any) -> None: ...
 
     def append(self, _item: Any) -> None: ...
 
@@ -265,6 +279,16 @@ _REBUILT = {  # all that is called while a file is read: what makes tensors of b
 }
 
 
+def _parameter_without_state(tensor: Tensor, *_state: Any) -> Tensor:
+    """Make of a parameter with attributes of somebody's own a tensor."""
+    return tensor
+
+
+def _plain_dict(*_factory: Any) -> dict[Any, Any]:
+    """Make of a defaultdict a dict."""
+    return {}
+
+
 def _inert_pickle(foreign: list[str]) -> Any:
     """Return a `pickle_module` for torch.load that makes tensors, and a `_Foreign` of anything else."""
 
@@ -276,6 +300,10 @@ def _inert_pickle(foreign: list[str]) -> Any:
             is_storage = (module, name) == ("torch.storage", "UntypedStorage")
             if (module, name) in _REBUILT or is_type or is_storage:
                 return super().find_class(module, name)
+            if (module, name) == ("torch._utils", "_rebuild_parameter_with_state"):
+                return _parameter_without_state
+            if (module, name) == ("collections", "defaultdict"):
+                return _plain_dict
             foreign.append(f"{module}.{name}")
             return type(name, (_Foreign,), {"__module__": module})
 
@@ -289,7 +317,11 @@ def _inert_pickle(foreign: list[str]) -> Any:
 
 
 def own_tensors(
-    content: Mapping[str, Any], needed: Mapping[str, Tensor], source: str, preferred: str = ""
+    content: Mapping[str, Any],
+    needed: Mapping[str, Tensor],
+    source: str,
+    preferred: str = "",
+    on_note: Callable[[str], None] = ignore,
 ) -> dict[str, Tensor]:
     """Return the tensors of a module from among all that a checkpoint holds.
 
@@ -299,8 +331,10 @@ def own_tensors(
     needed: the module's own names.
     source: what messages call the checkpoint.
     preferred: the key under which trainers keep this module; where it is there, nothing else is looked at.
+    on_note: called with a line on averages of weights that lie beside and are not used.
     Raises ValueError where nothing fits, and where several fit equally and differ.
     """
+    averages = [str(name) for name in content if re.search(r"ema|average|shadow", str(name), re.IGNORECASE)]
     if isinstance(content.get(preferred), Mapping):
         content = {preferred: content[preferred]}
     candidates = []
@@ -318,6 +352,8 @@ def own_tensors(
                 f"{source} holds two that fit and differ, under {fitting[0][0]!r} and {place!r}; save the one that is meant "
                 "alone"
             )
+    if others := [name for name in averages if not fitting[0][0].startswith(name)]:
+        on_note(f"{source} also holds {listed(others, limit=3)}, which is not used; a file of that alone would be")
     return fitting[0][1]
 
 
@@ -336,7 +372,7 @@ def load_own(
         file = weights.files[0].with_name(weights.name)
         notes: list[str] = []
         try:
-            found.append((own_tensors(read(weights, notes.append), needed, str(file), preferred), file))
+            found.append((own_tensors(read(weights, notes.append), needed, str(file), preferred, notes.append), file))
         except ValueError as error:
             if len(sets) == 1 or not isinstance(error, NoFitError):
                 raise type(error)("; ".join([str(error), *notes])) from error
@@ -417,13 +453,12 @@ def _mappings(content: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str
 
 
 def _unwrapped(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return tensors without what wrappers put into their names, and with the names that diffusers gives them today."""
+    """Return tensors without what wrappers put into their names, or beside them."""
     own: dict[str, Tensor] = {}
     for stored, tensor in tensors.items():
         name = stored if stored in needed else ".".join(part for part in stored.split(".") if part not in _WRAPPERS)
-        for old, new in _OLD_ATTENTION:
-            if name not in needed and name.replace(old, new) in needed:
-                name = name.replace(old, new)
+        if name == _NUM_AVERAGED:
+            continue
         if name in own:
             raise ValueError(f"{source} holds a tensor twice, {name} and {stored}, needed: each once")
         own[name] = tensor
@@ -435,7 +470,16 @@ def _by_prefix(tensors: dict[str, Tensor], needed: Mapping[str, Tensor]) -> Iter
     first = next(iter(needed))
     prefixes = {name.removesuffix(first) for name in tensors if name == first or name.endswith(f".{first}")}
     for prefix in sorted(prefixes or {""}):
-        yield prefix, {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        yield prefix, {_of_today(name, needed): tensor for name, tensor in own.items()}
+
+
+def _of_today(name: str, needed: Mapping[str, Tensor]) -> str:
+    """Return the name that diffusers gives today to a tensor of a VAE's attention."""
+    for old, new in _OLD_ATTENTION:
+        if name not in needed and name.replace(old, new) in needed:
+            return name.replace(old, new)
+    return name
 
 
 def _num_fitting(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> int:
