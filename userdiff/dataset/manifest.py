@@ -8,7 +8,7 @@ from threading import Lock
 
 from userdiff.dataset.atomic import errors_naming, publish
 from userdiff.dataset.layout import MANIFEST_NAME, part_paths
-from userdiff.dataset.rows import HEADER, Row, Rows, Trust, slices
+from userdiff.dataset.rows import HEADER, Row, Rows, Trust, read_lines, slices
 
 _PIECE_BYTES = 2**18
 _SLICE = 1000  # rows that are written at a time
@@ -48,9 +48,9 @@ def recorded_rows(output_dir: Path, *, trust_manifest: bool = False, trust_parts
     A manifest with the hash that it was published with is to be trusted; one without was damaged or edited. The parts
     of the run that asks are; those of an interrupted run may stand for files that a power cut has emptied.
     """
-    rows = Rows()
-    rows.read([output_dir / MANIFEST_NAME], Trust.RECORDED if trust_manifest else Trust.CLAIMED)
-    rows.read(part_paths(output_dir), Trust.RECORDED if trust_parts else Trust.CLAIMED)
+    rows = Rows(read_lines(output_dir / MANIFEST_NAME), Trust.RECORDED if trust_manifest else Trust.CLAIMED)
+    of_parts = chain.from_iterable(map(read_lines, part_paths(output_dir)))
+    rows.extend(of_parts, Trust.RECORDED if trust_parts else Trust.CLAIMED)
     return rows
 
 
