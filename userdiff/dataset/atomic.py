@@ -16,12 +16,12 @@ def publish(path: Path, data: bytes | Iterable[bytes], *, sync: bool = False) ->
     """
     temporary = temporary_path(path)
     try:
-        with errors_naming(path), open(temporary, "xb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
         with errors_naming(path):
+            with open(temporary, "xb") as file:
+                file.writelines([data] if isinstance(data, bytes) else data)
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):  # where nothing could be made, there is nothing to remove

@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,10 +79,7 @@ def read_status(output_dir: Path) -> Status:
     )
     rows.keep(have_files(folders, rows))
     done = num_of_wanted(rows, wanted)
-    failed: dict[int, int] = {}
-    for user_id, image_index in entry.failed if entry else ():
-        if not rows.of_image(user_id, image_index):
-            failed[user_id] = failed.get(user_id, 0) + 1
+    failed = Counter(item[0] for item in (entry.failed if entry else ()) if not rows.of_image(*item))
     state, detail = _state(output_dir, entry, is_complete=sum(done.values()) == sum(wanted.values()))
     return Status(
         state=state,
