@@ -1,4 +1,4 @@
-"""Images as PNG files: encoding with text chunks, decoding, and what a file says of itself."""
+"""Images as PNG files: encoding with text chunks, decoding, and reading a file's size and text."""
 
 import io
 import struct
@@ -60,8 +60,8 @@ def _encode_fast(pixels: NDArray[np.uint8], chunks: PngImagePlugin.PngInfo, comp
 def decode_png(data: bytes) -> tuple[tuple[int, int], dict[str, str]]:
     """Decode a PNG and return its (width, height) and text chunks; raises OSError where it is not intact.
 
-    Intact: every chunk has its checksum, all pixels decode, and the file ends with the end chunk, which Pillow alone
-    would not miss.
+    Intact: every chunk matches its checksum, all pixels decode, and the file ends with the end chunk. Pillow alone does
+    not notice that the end chunk is missing.
     """
     try:
         Image.open(io.BytesIO(data), formats=["PNG"]).verify()

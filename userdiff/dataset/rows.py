@@ -24,14 +24,14 @@ T = TypeVar("T")
 
 
 class Trust(IntEnum):
-    """What a row is worth; of several rows of one image, the one with the most trust counts."""
+    """How far a row is believed; of several rows of one image, the one with the most trust counts."""
 
     CLAIMED = 1
-    """It stands in some file, which may have been edited or may have outlived its images."""
+    """From a file that may have been edited, or may have outlived its images."""
     RECORDED = 2
-    """It stands in the manifest that `run.json` knows the hash of, or in a part of the run that asks."""
+    """From a manifest with the hash that `run.json` records, or from a part of the current run."""
     FINISHED = 3
-    """Its image is there."""
+    """The image is on disk."""
 
 
 class Row(NamedTuple):
@@ -75,11 +75,11 @@ ROW = np.dtype(
         ("sha256", "V32"),
     ]
 )
-"""A row in 60 bytes. A row with a number too large for its field is not a job's."""
-# The hash in halves: rows are moved column by column, and a copy of the widest column is what that takes.
+"""A row in 60 bytes. A job writes no row with a number too large for its field."""
+# The hash in two halves: rows are moved column by column, so the widest column decides how much memory a move takes.
 _COLUMNS_TO_MOVE = np.dtype([*ROW.descr[:-1], ("sha256_0", "V16"), ("sha256_1", "V16")])
 
-# What Python's `int` reads beside what we write, such as +7, 007 or digits of another script, is left out.
+# Stricter than Python's `int`, which also reads +7, 007 and the digits of other scripts.
 _NUMBER = r"(0|[1-9][0-9]{0,9})"
 _LINE = re.compile(
     rf"([^,]+),([1-9][0-9]{{0,17}}),{_NUMBER},{_NUMBER},{_NUMBER},(trained|random),{_NUMBER},{_NUMBER},{_NUMBER},"
@@ -144,7 +144,7 @@ class Rows:
             self.array = np.resize(self.array, length)
 
     def _take(self, chosen: NDArray[np.integer]) -> None:
-        """Keep the chosen rows in this order, column by column, since a copy of all would double the memory."""
+        """Keep the chosen rows in this order, column by column: a copy of the whole array would double the memory."""
         columns = self.array.view(_COLUMNS_TO_MOVE)
         for name in _COLUMNS_TO_MOVE.names or ():
             columns[name][: len(chosen)] = columns[name][chosen]

@@ -1,4 +1,4 @@
-"""What lies in a dataset's folder, compared with what its rows say: which images are finished."""
+"""Which images of a dataset are finished: the files in its folder, compared with its rows."""
 
 import os
 from array import array
@@ -23,7 +23,7 @@ _SLICE = 1000  # files that are read ahead
 T = TypeVar("T")
 R = TypeVar("R")
 Track = Callable[[Iterable[Any], int], Iterable[Any]]
-"""Passes on the items it is given, showing how many of a total have come."""
+"""Yields the items it is given, and shows how many of a total have come so far."""
 
 
 def untracked(items: Iterable[T], total: int) -> Iterable[T]:
@@ -32,11 +32,11 @@ def untracked(items: Iterable[T], total: int) -> Iterable[T]:
 
 
 class UserFolder(NamedTuple):
-    """What lies in the folder of a user."""
+    """The files in a user's folder."""
 
     name: str
     user_id: int
-    """0 where no job gives a folder that name."""
+    """0 for a name that no job gives."""
     image_indices: NDArray[np.uint32]
     """[number] of the files under an image's name, ascending."""
     num_bytes: NDArray[np.uint32]
@@ -46,7 +46,7 @@ class UserFolder(NamedTuple):
 
 
 def user_folders(output_dir: Path) -> Iterator[UserFolder]:
-    """Look through the users' folders, in the order of their names, at the name and size of every file."""
+    """Read the name and size of every file in the users' folders, which come sorted by name."""
     for folder in layout.user_folders(output_dir):
         user_id, images, foreign = layout.parse_user_folder(folder.name), array("Q"), []
         with os.scandir(folder) as entries:
@@ -78,7 +78,7 @@ def have_files(folders: Iterable[UserFolder], rows: Rows) -> NDArray[np.bool_]:
 
 
 class Finished(NamedTuple):
-    """What is there of a dataset."""
+    """The finished images of a folder, and what else was found in it."""
 
     rows: Rows
     """One for every finished image."""
@@ -146,7 +146,7 @@ def find_finished(
 
 
 def _prove(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) -> tuple[Row | None, bool]:
-    """Read a file: (its row, if it is what a row claims or what the recipe makes; else whether it may be a user's)."""
+    """Read a file under an image's name; returns (its row, False) if a claim or its text chunks prove it, else (None, is it foreign?)."""
     path = output_dir / layout.file_name(*item)
     try:
         data = path.read_bytes()
@@ -165,7 +165,7 @@ def _prove(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) 
 
 
 def read_all(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Read many files with several threads, a slice at a time: whoever stops iterating waits for no more than that."""
+    """Read many files with several threads, a slice at a time: a caller that stops iterating waits for one slice at most."""
     with ThreadPoolExecutor(READER_THREADS) as readers:
         for some in slices(items, _SLICE):
             yield from readers.map(read, some)

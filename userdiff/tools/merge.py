@@ -1,6 +1,6 @@
 """Putting rows together: an interrupted run's parts into its manifest, or the datasets of several jobs into one folder.
 
-Of several datasets, images are linked where possible. What is believed of a file is what `find_finished` believes.
+Images of several datasets are linked where possible. `find_finished` decides which files count as finished.
 """
 
 import errno
@@ -47,15 +47,15 @@ def merge(output_dir: Path, track: Track = untracked) -> Rows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Joined:
-    """What came of joining datasets."""
+    """The result of joining datasets."""
 
     num_images: int
-    """In the joined folder, those that were there before included."""
+    """All images in the joined folder, including those from before."""
     num_linked: int
-    """Put there now, as hard links."""
+    """Images added now, as hard links."""
     num_copied: int
     num_missing: int
-    """Images that are not there, of those asked for: all users of the last runs, the largest number of images."""
+    """Wanted images that are not there. Wanted are all users of the last runs, each with the largest number of images."""
     left_out: dict[Path, list[Item]]
     """Folder -> its images that are missing, damaged or of another run, and that no other folder has."""
     numerics: list[str]
@@ -240,7 +240,7 @@ def _different_numerics(records: Mapping[Path, RunRecord]) -> list[str]:
 
 
 def _new_entry(records: Mapping[Path, RunRecord], sources: Sequence[Path], first: RunRecord) -> RunEntry:
-    """Return the entry of this joining. It asks for what the last runs asked for: all users, the largest number."""
+    """Return the history entry of this merge. It asks for all users of the last runs, and the largest number of images."""
     last = [one.last for one in records.values() if one.last]
     return RunEntry(
         started=now(),
@@ -255,7 +255,7 @@ def _new_entry(records: Mapping[Path, RunRecord], sources: Sequence[Path], first
 
 @contextmanager
 def _noted(into: Path, run_record: RunRecord, entry: RunEntry, own: Rows, num_pending: int) -> Iterator[None]:
-    """Keep `run.json` true meanwhile: it says `running`, then how the joining ended. An OSError goes on as Failed."""
+    """Record in `run.json` that the merge is `running`, then how it ended. An OSError is raised as Failed."""
     try:
         remove_temporaries(into)
         run_record.manifest_sha256 = write_manifest(into, own)  # a killed joining's parts have gone into it

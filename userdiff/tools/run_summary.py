@@ -1,4 +1,4 @@
-"""What `preview.html` says of a dataset's runs: how it was made, and what is not as it should be."""
+"""What `preview.html` says about a dataset's runs: how the images were made, and what went wrong."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -17,7 +17,7 @@ _LIBRARIES = ("torch", "cuda", "hip", "cudnn", "triton", "diffusers", "pillow")
 
 
 def notices(rows: Rows, run_record: RunRecord | None, ended: datetime | None = None) -> Iterator[str]:
-    """Yield what is not as it should be, a sentence each; `ended` as for `run_summary`."""
+    """Yield one sentence for everything that went wrong; `ended` as for `run_summary`."""
     if rows.array["is_random"].any():
         yield "The condition encoder's weights were RANDOM: images do not show the users they are filed under."
     if run_record is None or run_record.last is None:
@@ -102,7 +102,7 @@ def _device(numerics: Mapping[str, Any]) -> str:
 
 
 def _course(entry: RunEntry, ended: datetime | None) -> str:
-    """Return how many images a run made, in which time, at which rate."""
+    """Return how many images a run made, how long it took, and its rate."""
     made, seconds = count(entry.published, "image"), entry.seconds(ended)
     if seconds is not None:
         seconds = max(round(seconds), 0)

@@ -1,4 +1,4 @@
-"""How far a dataset is, and how its last run ended: what `userdiff status` prints."""
+"""How much of a dataset is done, and how its last run ended: what `userdiff status` prints."""
 
 import re
 import shutil
@@ -27,7 +27,7 @@ _STOPPED = re.compile(r"stopped by signal (\d+)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Status:
-    """How far a dataset is."""
+    """How much of a dataset is done."""
 
     state: str
     """`running`, `complete`, `incomplete`, `killed`, `stopped by SIGTERM` (or another) or `failed`; of the last run."""
@@ -64,12 +64,12 @@ def best_rows(output_dir: Path, recipe: Recipe | None) -> Rows:
 
 
 def num_of_wanted(rows: Rows, wanted: dict[int, int]) -> dict[int, int]:
-    """Return how many rows there are of the images that were asked for: user id -> number."""
+    """Return how many of the wanted images have a row: user id -> number."""
     return {user_id: int((rows.of_user(user_id)["image_index"] < number).sum()) for user_id, number in wanted.items()}
 
 
 def read_status(output_dir: Path) -> Status:
-    """Read how far a dataset is from its records and the sizes of its files; raises ValueError where there is none."""
+    """Read a dataset's status from its records and the sizes of its files; raises ValueError if there is no dataset."""
     run_record = existing_record(output_dir)
     entry, wanted = run_record.last, run_record.last.wanted() if run_record.last else {}
     rows = best_rows(output_dir, Recipe.of(run_record.identity, run_record.run))
