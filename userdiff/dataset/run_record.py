@@ -46,15 +46,14 @@ class RunEntry:
 
     def __post_init__(self) -> None:
         """Raise one of _ODD for values that no run writes."""
-        kinds: dict[str, Any] = {
-            "started": str,
-            "ended": (str, NoneType),
-            "state": str,
-            "cause": (str, NoneType),
-            "user_ids": str,
-        }
-        kinds |= {"joined": (list, NoneType), "numerics": dict, "failed": list}
-        if not all(isinstance(getattr(self, name), kind) for name, kind in kinds.items()):
+        kinds: list[tuple[Any, list[object]]] = [
+            (str, [self.started, self.state, self.user_ids]),
+            ((str, NoneType), [self.ended, self.cause]),
+            ((list, NoneType), [self.joined]),
+            (dict, [self.numerics]),
+            (list, [self.failed]),
+        ]
+        if not all(isinstance(value, kind) for kind, values in kinds for value in values):
             raise TypeError(self)
         for number in (self.num_processes, self.num_images_per_user, self.published):
             if type(number) is not int or number < 0:

@@ -44,6 +44,11 @@ class UserFolder(NamedTuple):
     foreign: list[str]
     """Names of everything else but temporaries, sorted."""
 
+    def without_row(self, rows: Rows) -> NDArray[np.uint32]:
+        """Return the images that have a file, and no row among these (one per image): [number], ascending."""
+        of_user = rows.of_user(self.user_id)
+        return np.setdiff1d(self.image_indices, of_user["image_index"], assume_unique=True)
+
 
 def user_folders(output_dir: Path) -> Iterator[UserFolder]:
     """Read the name and size of every file in the users' folders, which come sorted by name."""

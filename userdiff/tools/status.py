@@ -9,8 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from userdiff.dataset.layout import MANIFEST_NAME, RECORD_NAME
 from userdiff.dataset.locks import lock_holder
 from userdiff.dataset.manifest import recorded_rows
@@ -74,9 +72,7 @@ def read_status(output_dir: Path) -> Status:
     entry, wanted = run_record.last, run_record.last.wanted() if run_record.last else {}
     rows = best_rows(output_dir, Recipe.of(run_record.identity, run_record.run))
     folders = list(user_folders(output_dir))
-    unrecorded = sum(
-        int((~np.isin(folder.image_indices, rows.of_user(folder.user_id)["image_index"])).sum()) for folder in folders
-    )
+    unrecorded = sum(len(folder.without_row(rows)) for folder in folders)
     rows.keep(have_files(folders, rows))
     done = num_of_wanted(rows, wanted)
     failed = Counter(item[0] for item in (entry.failed if entry else ()) if not rows.of_image(*item))

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from userdiff.dataset import layout
 from userdiff.dataset.locks import lock_holder
 from userdiff.dataset.manifest import manifest_sha256
@@ -57,8 +55,7 @@ def verify(output_dir: Path, *, deep: bool = False, track: Track = untracked) ->
     unrecorded: dict[int, list[int]] = {}
     for folder in folders:
         problems += [Problem("foreign", f"{folder.name}/{name}", "not an image of a job") for name in folder.foreign]
-        known = rows.of_user(folder.user_id)["image_index"]
-        for image_index in np.setdiff1d(folder.image_indices, known, assume_unique=True).tolist():
+        for image_index in folder.without_row(rows).tolist():
             if problem := _problem_without_row(output_dir, recipe, folder.user_id, image_index):
                 problems.append(problem)
             else:
