@@ -9,7 +9,7 @@ from userdiff.dataset.layout import is_temporary, temporary_path
 
 
 def publish(path: Path, data: bytes | Iterable[bytes], *, sync: bool = False) -> None:
-    """Write `data`, or its pieces, to `path`: a reader of `path` sees either all of it or what was there before.
+    """Write `data`, or its pieces, to `path`: a reader sees either all of it or what was there before.
 
     With `sync`, that holds after a power cut too. The temporary file is in the same folder, so that the rename stays within
     one file system, and has the permissions of the user's umask.

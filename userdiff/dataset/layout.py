@@ -34,7 +34,7 @@ def parse_file_name(name: str) -> tuple[int, int] | None:
 
 
 def is_user_folder(name: str) -> bool:
-    """Return whether a folder's name looks like a user's, such as `user_07`; `user_007` does too, though no job makes it."""
+    """Return whether a folder's name looks like a user's, such as `user_07`, or `user_007`, which no job makes."""
     return _USER_FOLDER.fullmatch(name) is not None
 
 

@@ -36,7 +36,7 @@ def made_folder(path: Path) -> Iterator[None]:
 
 @contextmanager
 def folder_lock(output_dir: Path) -> Iterator[None]:
-    """Lock a folder for one job; raises ValueError if another job has it, naming the holder, or if there are no locks here."""
+    """Lock a folder for one job; raises ValueError if another job has it, or if the file system has no locks."""
     path = output_dir / LOCK_NAME
     was_there = path.exists()
     try:
@@ -86,7 +86,7 @@ def wait_for_writers(
     """Wait until no process of an earlier job can write any more; raises ValueError if one still can.
 
     A process that was suspended, or cut off with its machine, outlives its job and the lock that its main process had.
-    seconds: how long to wait, by default WRITERS_SECONDS. on_poll: is called between attempts; an exception ends the wait.
+    seconds: by default WRITERS_SECONDS. on_poll: is called between attempts, and what it raises ends the wait.
     """
     path = output_dir / WRITERS_NAME
     file = _acquire(path, WRITERS_SECONDS if seconds is None else seconds, on_poll)

@@ -163,7 +163,8 @@ def now() -> str:
 def changed_numerics(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yield the numerics in which two runs differ: (name, old value, new value).
 
-    A name that only one run has is no difference: the other device has no such library, or an older version did not record it.
+    A name that only one run has is no difference: the other device has no such library, or an older version did not
+    record it.
     """
     for name, before, after in differences({**NUMERICS_DEFAULTS, **old}, {**NUMERICS_DEFAULTS, **new}):
         if before is not None and after is not None:

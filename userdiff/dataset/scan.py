@@ -151,7 +151,10 @@ def find_finished(
 
 
 def _prove(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) -> tuple[Row | None, bool]:
-    """Read a file under an image's name; returns (its row, False) if a claim or its text chunks prove it, else (None, is it foreign?)."""
+    """Read a file under an image's name; returns (row, is_foreign).
+
+    The row is that of a claim with the file's hash, or what the recipe gives for its text chunks; None if neither holds.
+    """
     path = output_dir / layout.file_name(*item)
     try:
         data = path.read_bytes()
@@ -170,7 +173,7 @@ def _prove(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) 
 
 
 def read_all(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Read many files with several threads, a slice at a time: a caller that stops iterating waits for one slice at most."""
+    """Read many files with several threads, a slice at a time, so that a caller who stops waits for no more."""
     with ThreadPoolExecutor(READER_THREADS) as readers:
         for some in slices(items, _SLICE):
             yield from readers.map(read, some)

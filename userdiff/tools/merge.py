@@ -55,7 +55,7 @@ class Joined:
     """Images added now, as hard links."""
     num_copied: int
     num_missing: int
-    """Wanted images that are not there. Wanted are all users of the last runs, each with the largest number of images."""
+    """Wanted images that are not there; wanted are all users of the last runs, each with the largest number."""
     left_out: dict[Path, list[Item]]
     """Folder -> its images that are missing, damaged or of another run, and that no other folder has."""
     numerics: list[str]
@@ -93,8 +93,9 @@ def merge_into(
         own = found[into].rows if into in found else Rows()
         lost = {path: {*one.lost, *one.foreign_images} for path, one in found.items()}
         num_pending = _check_images(found, records, into) - len(own)
-        runs = [entry for one in records.values() for entry in one.history]
-        history = [entry for i, entry in enumerate(runs) if entry not in runs[:i]]  # an earlier joining brought some
+        history: list[RunEntry] = []
+        for one in records.values():  # an earlier joining brought some of their runs already
+            history += [entry for entry in one.history if entry not in history]
         history.sort(key=lambda entry: entry.started)
         run_record = RunRecord(identity=first.identity, numerics=first.numerics, history=history)
         entry = _new_entry(records, sources, first)
