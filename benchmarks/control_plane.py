@@ -26,9 +26,9 @@ from typing import NamedTuple
 import numpy as np
 
 from userdiff.dataset import layout, scan
-from userdiff.dataset.manifest import manifest_sha256, write_manifest
+from userdiff.dataset.manifest import manifest_sha256, recorded_rows, write_manifest
 from userdiff.dataset.recipe import Recipe
-from userdiff.dataset.rows import HEADER, Rows, Trust
+from userdiff.dataset.rows import HEADER
 from userdiff.dataset.run_record import RunEntry, RunRecord
 from userdiff.identity import identity_hash
 from userdiff.job.plan import Plan, make_plan
@@ -147,8 +147,7 @@ def begin(folder: Path, num_images: int) -> None:
 
 def merge(folder: Path, num_images: int) -> None:
     """Read the parts, sort their rows, write a manifest."""
-    rows = Rows()
-    rows.read(layout.part_paths(folder / "parts"), Trust.RECORDED)
+    rows = recorded_rows(folder / "parts", trust_parts=True)
     target = folder / "merged"
     target.mkdir(exist_ok=True)
     digest = write_manifest(target, rows.keep_best())

@@ -264,7 +264,7 @@ def _finish(process: subprocess.Popen[bytes]) -> None:
     finally:
         end_group(process)
     if status:
-        log = Path(process.args[-1]).with_suffix(".log")
+        log = Path(list(process.args)[-1]).with_suffix(".log")
         sys.exit(f"a job ended with status {status}: {log.read_text(errors='replace')[-2000:]}")
 
 

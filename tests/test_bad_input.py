@@ -139,7 +139,7 @@ def second_encoder():
 
 def nowhere(name, shown=None):
     """A VAE path that leads nowhere; `shown` is the name as the line has it, where that differs."""
-    return [f"--vae_path={name}"], f"{shown or name} is not a folder", lambda: None
+    return [f"--vae_path={name}"], f"{shown or name} does not exist", lambda: None
 
 
 # The table -------------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ CASES: dict[str, dict[str, Bad]] = {  # by the flag that the line names
         "relative, above": nowhere("../no/such/../vae"),
         "a file": ("--vae_path model/vae/config.json", "config.json is no file of weights", nothing),
         "below a file": nowhere("model/vae/config.json/vae"),
-        "a device": nowhere("/dev/null"),
+        "a device": ("--vae_path /dev/null", "/dev/null is not a folder", nothing),
         "a dangling link": ("--vae_path link", "link is not a folder", link("link", "no")),
     },
     "--condition_encoder_path": {
@@ -291,7 +291,7 @@ CASES: dict[str, dict[str, Bad]] = {  # by the flag that the line names
         "a name too long": (f"--condition_encoder_path {LONG_NAME}", LONG_NAME, nothing),
     },
     "--scheduler_path": {
-        "not there": ("--scheduler_path no", "no is not a folder", nothing),
+        "not there": ("--scheduler_path no", "no does not exist", nothing),
         "not in its folder": ("--scheduler_path model/vae", "model/vae holds no", nothing),
         "garbage": in_folder(write(f"model/{SCHEDULER}", b"\xff\x00"), f"{SCHEDULER} is not JSON"),
         "a list": in_folder(write(f"model/{SCHEDULER}", []), f"{SCHEDULER} is not a JSON object"),

@@ -96,7 +96,7 @@ def test_another_class_is_refused(checkpoint):
 
 
 def test_a_path_that_is_nowhere_is_refused_without_asking_a_hub(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         models.load_vae(tmp_path / "nowhere")
 
 

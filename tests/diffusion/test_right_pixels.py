@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -11,6 +12,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +20,7 @@ from tests.checkpoints import Shape, make_checkpoint
 from tests.definitions import read_csv
 from tests.jobs import run_job
 from tests.oracle import assert_parity, oracle_image
-from userdiff import JobConfig, load_model, make_image, parse_args
+from userdiff import JobConfig, UsageError, UserConditionEncoder, load_model, make_image, parse_args
 from userdiff.diffusion.schedule import ddim_scheduler, load_noise_scheduler
 from userdiff.diffusion.training_loop import generate_samples
 from userdiff.identity import identity_hash
@@ -79,6 +81,79 @@ def test_the_schedule_beside_the_unet_is_read(place, is_pipeline, truth, folder,
         out = make("--unet_path", folder if is_pipeline else folder / "unet")
         assert_parity(out, expected(truth, scheduler=DDIMScheduler.from_config(noise.config)))
         assert "v_prediction" in capsys.readouterr().out
+
+
+def v_prediction(folder):
+    noise = DDPMScheduler(**TRAINING, prediction_type="v_prediction")
+    noise.save_pretrained(folder)
+    return DDIMScheduler.from_config(noise.config)
+
+
+def of_a_trainer(folder):
+    """The trainer's own config.json lies at the top."""
+    (folder / "config.json").write_text('{"lr": 0.0001}')
+    return folder, "unet"
+
+
+def of_a_run(folder):
+    """The folder around all begins with unet, and what is named is a file in it."""
+    run = folder.rename(folder.with_name("unet_run"))
+    weights = run / "unet" / "diffusion_pytorch_model.safetensors"
+    return weights.rename(run / "ck.safetensors"), "scheduler"
+
+
+def of_averages(folder):
+    (folder / "unet").rename(folder / "unet_ema")
+    return folder, "unet_ema"
+
+
+def by_a_link(folder):
+    (folder.parent / "latest").symlink_to(folder / "unet")
+    return folder.parent / "latest", "scheduler"
+
+
+def from_below(folder):
+    (folder / "unet" / "logs").mkdir()
+    return folder / "unet" / "logs" / "..", "scheduler"
+
+
+@pytest.mark.parametrize("arrange", [of_a_trainer, of_a_run, of_averages, by_a_link, from_below])
+def test_the_schedule_is_found_wherever_the_unet_really_lies(arrange, truth, folder, make):
+    path, place = arrange(folder)
+    folder = folder if folder.is_dir() else folder.with_name("unet_run")
+    scheduler = v_prediction(folder / place)
+    paths = ("--vae_path", folder / "vae", "--condition_encoder_path", folder)
+    assert_parity(make("--unet_path", path, *paths), expected(truth, scheduler=scheduler))
+
+
+def test_the_schedule_beside_a_config_that_lies_elsewhere_is_read(truth, folder, make, tmp_path):
+    (tmp_path / "ckpts").mkdir()
+    file = (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "ckpts" / "ck.safetensors")
+    scheduler = v_prediction(folder / "scheduler")
+    assert_parity(make("--unet_path", file, "--unet_config", folder / "unet"), expected(truth, scheduler=scheduler))
+
+
+@pytest.mark.parametrize("kind", ["dangling", "folder", "config.json"])
+def test_a_schedule_that_cannot_be_read_is_not_passed_over(kind, folder, make, capsys):
+    (folder / "scheduler").mkdir()
+    file = folder / "scheduler" / "scheduler_config.json"
+    if kind == "dangling":
+        file.symlink_to("nowhere")
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.with_name("config.json").write_text("{}")
+    make(status=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("batch_generate.py: error: --scheduler_path: ")
+    assert str(folder / "scheduler") in line
+
+
+def test_schedules_that_say_the_same_in_other_words_are_one(truth, folder, make):
+    DDPMScheduler(**TRAINING).save_pretrained(folder / "scheduler")
+    shutil.copy(folder / "scheduler" / "scheduler_config.json", folder / "unet")
+    edit(folder / "unet" / "scheduler_config.json", _diffusers_version="0.1", some_later_option=None)
+    assert_parity(make(), expected(truth))
 
 
 def test_of_a_training_scripts_checkpoint_the_pipeline_around_it_has_the_schedule(truth, folder, make):
@@ -176,9 +251,13 @@ UNKNOWN = {
     "an alpha schedule of its own": ({"snr_shift_scale": 3.0}, ["snr_shift_scale"]),
     "flow sigmas": ({"use_flow_sigmas": True}, ["use_flow_sigmas", "True"]),
     "continuous timesteps": ({"timestep_type": "continuous"}, ["timestep_type", "'continuous'"]),
+    "a switch in words": ({"clip_sample": "false"}, ["clip_sample 'false'", "true or false"]),
+    "a number in words": ({"num_train_timesteps": "1000"}, ["num_train_timesteps '1000'", "a whole number"]),
+    "a number that is none": ({"thresholding": True, "sample_max_value": None}, ["sample_max_value None"]),
+    "one beta": ({"trained_betas": 0.5}, ["no noise schedule"]),
     "two predictions": ({"predict_epsilon": False, "prediction_type": "v_prediction"}, ["predict_epsilon", "v_prediction"]),
     "a schedule unknown": ({"beta_schedule": "zigzag"}, ["beta_schedule", "'zigzag'"]),
-    "a range of nothing": ({"clip_sample": True, "clip_sample_range": None}, ["timestep"]),
+    "a range of nothing": ({"clip_sample": True, "clip_sample_range": None}, ["clip_sample_range", "a number"]),
     "no finite step": (
         {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "epsilon"},
         ["timestep 999", "v_prediction"],
@@ -268,9 +347,32 @@ def flags_of(folder):
     return ["--vae_path", folder, "--unet_path", folder, "--condition_encoder_path", folder]
 
 
+def test_a_unet_that_no_token_changes_is_refused(folder, make, capsys):
+    plain = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, mid_block_type=None, cross_attention_dim=16,
+    )  # fmt: skip
+    plain.save_pretrained(folder / "unet")
+    make(status=2)
+    assert "no cross-attention" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [("unet", {"norm_eps": None}), ("unet", {"freq_shift": None}), ("vae", {"norm_num_groups": -1})],
+)
+def test_a_setting_that_only_a_layer_finds_wrong_stops_before_the_job(part, settings, folder, make, capsys):
+    edit(folder / part / "config.json", **settings)
+    make(status=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"batch_generate.py: error: --{part}_path: ")
+
+
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
+        ({"latents_mean": MEAN, "latents_std": [0.0] * 4}, "other than 0"),
+        ({"shift_factor": float("nan")}, "shift_factor is nan"),
         ({"latents_mean": MEAN}, "latents_std is None"),
         ({"latents_mean": MEAN, "latents_std": [1.0]}, "latents_std is [1.0]"),
         ({"latents_mean": MEAN, "latents_std": STD, "shift_factor": 1.0}, "are all set"),
@@ -333,10 +435,11 @@ def test_the_number_of_users_is_read_off_the_table(truth, make):
 
 
 @pytest.mark.parametrize("names", [("ID_9", "ID_10", "ID_2"), ("user_09", "user_10", "user_2"), ("9", "10", "2")])
-def test_training_folders_say_who_has_which_row_in_numeric_order(names, truth, make, tmp_path):
+def test_training_folders_say_who_has_which_row_in_numeric_order(names, truth, make, tmp_path, capsys):
     folders = train_folders(tmp_path, *names, "logs", ".cache")
     (tmp_path / "train" / "11").write_text("a file is no user")
     assert_parity(make("--train_data_dir", folders), expected(truth, {2: 0, 9: 1, 10: 2}))
+    assert "ImageFolder" in capsys.readouterr().out  # the order of these names is another
 
 
 @pytest.mark.parametrize(
@@ -363,7 +466,7 @@ def test_a_null_row_is_no_user(null_row, rows, truth, make, capsys):
 
 
 def test_a_map_may_begin_at_0_and_names_no_null_row(truth, make, tmp_path, capsys):
-    (tmp_path / "map.json").write_text('{"0": 2, "7": 0}')
+    (tmp_path / "map.json").write_text('{"0": 2, "ID_7": 0}')  # as torchvision's class_to_idx has it
     out = make("--user_map", tmp_path / "map.json", "--user_ids", "0", "7")
     assert_parity(out, expected(truth, {0: 2, 7: 0}))
     assert (out / "user_00" / "generated_000.png").is_file()
@@ -436,8 +539,12 @@ def test_the_kind_of_cpu_is_noted_and_another_is_warned_of(folder, make, monkeyp
 
 
 @pytest.mark.parametrize(
-    "changed", [("--seed", "7"), ("--eta", "0.5"), ("--num_inference_steps", "5"), ("--vae_output_range", "signed")]
-)
+    "changed",
+    [
+        ("--seed", "7"), ("--eta", "0.5"), ("--num_inference_steps", "5"), ("--vae_output_range", "signed"),
+        ("--unet_path", "elsewhere"), ("--scaling_factor", "1"), ("--null_row", "0"), ("--train_user_ids", "5-7"),
+    ],
+)  # fmt: skip
 def test_a_model_loaded_with_other_settings_makes_no_image(changed, folder, tmp_path):
     flags = [str(flag) for flag in [*flags_of(folder), "--output_dir", tmp_path / "out", "--batch_size", 2]]
     model = load_model(parse_args(flags))
@@ -459,11 +566,41 @@ def models_of(folder):
         ({"eta": 2.0}, "eta: 2.0"),
         ({"vae_output_range": "wide"}, "'wide'"),
         ({"num_images_per_user": 0}, "num_images_per_user 0"),
+        ({"seed": -1}, "seed: -1"),
+        ({"seed": None}, "seed: None"),
+        ({"user_index": {1: 99}}, "row 99"),
+        ({"user_index": {1: -1}}, "row -1"),
+        ({"user_index": {1: 0, 2: 0}}, "two users have one row"),
+        ({"user_index": [0, 1, 2]}, "a mapping"),
     ],
 )
 def test_a_training_loop_is_refused_what_a_job_is(options, part, folder):
     with pytest.raises(ValueError, match=part):
         generate_samples(*models_of(folder), user_ids=[1], **options)
+
+
+@pytest.mark.parametrize(
+    "ids", [np.array([1, 2]), torch.tensor([1, 2]), (user_id for user_id in (1, 2))], ids=["numpy", "torch", "iterator"]
+)
+def test_a_training_loop_takes_ids_of_any_kind(ids, folder):
+    assert len(generate_samples(*models_of(folder), user_ids=ids, num_inference_steps=1)) == 2
+
+
+def test_a_training_loops_models_must_belong_together(folder):
+    unet, _, vae, noise = models_of(folder)
+    with pytest.raises(ValueError, match="8 wide, needed: 16"):
+        generate_samples(unet, UserConditionEncoder(3, 8), vae, noise, user_ids=[1])
+    vae.register_to_config(scaling_factor=0)
+    with pytest.raises(ValueError, match="scaling_factor is 0"):
+        generate_samples(unet, UserConditionEncoder(3, 16), vae, noise, user_ids=[1])
+
+
+def test_python_may_give_strings_and_one_number(folder):
+    config = JobConfig(vae_path=str(folder), unet_path=str(folder), condition_encoder_path=str(folder), sample_size=8)
+    assert config.sample_size == (8,)
+    assert load_model(config, "cpu").image_shape == (16, 16, 3)
+    with pytest.raises(UsageError, match="no CUDA device"):
+        load_model(config, torch.device("cuda"))
 
 
 def test_a_training_loop_samples_shifted_latents_as_the_job_does(truth, folder):

@@ -142,10 +142,27 @@ def test_a_training_checkpoint_holds_both(folder, truth):
     }
     file = folder / "checkpoint_epoch_10.pt"
     torch.save(content, file)
-    assert_unet(file, truth)  # unet/config.json lies beside it
-    assert_encoder(file, truth)
+    beside = ["also holds ema_state_dict, which is not used"]
+    assert_unet(file, truth, notes=beside)  # unet/config.json lies beside it
+    assert_encoder(file, truth, notes=beside)
     moved = file.rename(folder.parent / file.name)
-    assert_unet(moved, truth, config=folder / "unet" / "config.json")
+    assert_unet(moved, truth, config=folder / "unet" / "config.json", notes=beside)
+
+
+def test_a_config_without_a_class_is_known_by_its_settings(folder, truth):
+    save_file(truth[0], folder / "unet" / f"{STEM}.safetensors")
+    config = folder / "unet" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({name: value for name, value in content.items() if name != "_class_name"}))
+    assert_unet(folder, truth)
+
+
+def test_a_second_encoder_beside_is_a_question_or_a_note(folder, truth):
+    shutil.copy(folder / "condition_encoder.safetensors", folder / "condition_encoder_ema.safetensors")
+    assert_encoder(folder, truth, notes=["condition_encoder_ema.safetensors uses it"])
+    torch.save({name: tensor + 1 for name, tensor in truth[1].items()}, folder / "condition_encoder.bin")
+    with pytest.raises(ValueError, match="name the file that is meant"):
+        load_condition_encoder(folder, None, 16)
 
 
 def test_json_with_a_byte_order_mark_is_json(folder, truth):
@@ -179,7 +196,15 @@ def test_what_wrappers_put_into_names_is_no_name(kind, folder, truth):
     assert_encoder(folder / "e.pt", truth)
 
 
-def test_the_attention_of_old_vaes_is_read_by_its_old_names(checkpoint, folder):
+def test_what_torch_averages_has_a_count_beside_it(folder, truth):
+    averaged = torch.optim.swa_utils.AveragedModel(unet_of(truth, folder))
+    assert "n_averaged" in averaged.state_dict()
+    torch.save(averaged.state_dict(), folder / "unet" / f"{STEM}.bin")
+    assert_unet(folder, truth)
+
+
+@pytest.mark.parametrize("prefix", ["", "vae."])
+def test_the_attention_of_old_vaes_is_read_by_its_old_names(prefix, checkpoint, folder):
     file = folder / "vae" / f"{STEM}.safetensors"
     saved = load_file(file)
     renamed = {}
@@ -187,7 +212,7 @@ def test_the_attention_of_old_vaes_is_read_by_its_old_names(checkpoint, folder):
         old = name
         for new_part, old_part in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
             old = old.replace(f".{new_part}.", f".{old_part}.")
-        renamed[old] = tensor
+        renamed[prefix + old] = tensor
     assert renamed.keys() != saved.keys()
     save_file(renamed, file)
     found = load_vae(folder).state_dict()
@@ -222,6 +247,20 @@ FOREIGN = {
     "a shell": Malicious(os.system, "touch executed"),
     "a compiler": Malicious(exec, "open('executed', 'w')"),
 }
+
+
+def test_a_state_dict_of_a_kind_of_its_own_is_read(folder, truth):
+    tagged = {name: torch.nn.Parameter(tensor) for name, tensor in truth[1].items()}
+    for parameter in tagged.values():
+        parameter.tag = "mine"
+    for content in (
+        Settings(truth[1]),
+        {"a": defaultdict(list, truth[1])},
+        {"b": tagged, "args": argparse.Namespace()},
+    ):
+        torch.save(content, folder / "e.pt")
+        found = load_condition_encoder(folder / "e.pt", None, 16).state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in truth[1].items())
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

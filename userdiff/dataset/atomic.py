@@ -9,19 +9,19 @@ from userdiff.dataset.layout import is_temporary, temporary_path
 
 
 def publish(path: Path, data: bytes | Iterable[bytes], *, sync: bool = False) -> None:
-    """Put `data`, or its pieces, under `path`: whoever opens `path` sees all of it, or what was there before.
+    """Write `data`, or its pieces, to `path`: a reader sees either all of it or what was there before.
 
-    With `sync` that holds after a power cut too. The temporary lies in the same folder, so that the rename stays within
-    one file system, and has the permissions that the user's umask gives.
+    With `sync`, that holds after a power cut too. The temporary file is in the same folder, so that the rename stays within
+    one file system, and has the permissions of the user's umask.
     """
     temporary = temporary_path(path)
     try:
-        with errors_naming(path), open(temporary, "xb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
         with errors_naming(path):
+            with open(temporary, "xb") as file:
+                file.writelines([data] if isinstance(data, bytes) else data)
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):  # where nothing could be made, there is nothing to remove
@@ -30,7 +30,7 @@ def publish(path: Path, data: bytes | Iterable[bytes], *, sync: bool = False) ->
 
 
 def remove_temporaries(output_dir: Path) -> None:
-    """Remove what a killed job was just writing. Call it only while holding the folder's lock."""
+    """Remove the temporary files of killed jobs. Call it only while holding the folder's lock."""
     for path in [*output_dir.glob(".*.tmp-*"), *output_dir.glob("user_*/.*.tmp-*")]:
         if is_temporary(path.name):
             path.unlink(missing_ok=True)
@@ -38,7 +38,7 @@ def remove_temporaries(output_dir: Path) -> None:
 
 @contextmanager
 def errors_naming(path: Path) -> Iterator[None]:
-    """Have an OSError name `path`: a failed write names no file, a failed open one that the user never saw."""
+    """Make an OSError name `path`: a failed write names no file, and a failed open names the temporary one."""
     try:
         yield
     except OSError as error:

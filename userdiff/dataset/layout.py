@@ -12,7 +12,7 @@ WRITERS_NAME = ".userdiff.writers"
 
 MAX_IMAGE_INDEX = 2**32 - 1
 LOADED_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
-"""Of files that dataset loaders take for images."""
+"""Suffixes of the files that dataset loaders take for images."""
 
 _USER_FOLDER = re.compile(r"user_(\d{2,})", re.ASCII)
 _IMAGE = re.compile(r"generated_(\d{3}|[1-9]\d{3,9})\.png", re.ASCII)
@@ -27,41 +27,41 @@ def file_name(user_id: int, image_index: int) -> str:
 
 
 def parse_file_name(name: str) -> tuple[int, int] | None:
-    """Return the (user_id, image_index) of an image's relative path; None where no job gives an image that name."""
+    """Return the (user_id, image_index) of an image's relative path; None for a name that no job gives."""
     folder, _, file = name.partition("/")
     user_id, image_index = parse_user_folder(folder), parse_image(file)
     return (user_id, image_index) if user_id is not None and image_index is not None else None
 
 
 def is_user_folder(name: str) -> bool:
-    """Return whether a folder's name is of the form that images of users lie in, such as `user_07`, or `user_007`."""
+    """Return whether a folder's name looks like a user's, such as `user_07`, or `user_007`, which no job makes."""
     return _USER_FOLDER.fullmatch(name) is not None
 
 
 def parse_user_folder(name: str) -> int | None:
-    """Return the user id of a folder's name; None where no job gives a folder that name, as `user_007`."""
+    """Return the user id of a folder's name; None for a name that no job gives, such as `user_007`."""
     match = _USER_FOLDER.fullmatch(name)
     return int(match[1]) if match and name == f"user_{int(match[1]):02d}" else None
 
 
 def parse_image(name: str) -> int | None:
-    """Return the image_index of a file's name; None where no job gives an image that name."""
+    """Return the image_index of a file's name; None for a name that no job gives."""
     match = _IMAGE.fullmatch(name)
     return int(match[1]) if match and int(match[1]) <= MAX_IMAGE_INDEX else None
 
 
 def user_folders(output_dir: Path) -> list[Path]:
-    """Return the folders in which images of users lie, sorted by name."""
+    """Return the users' folders, sorted by name."""
     return [path for path in sorted(output_dir.glob("user_*")) if is_user_folder(path.name) and path.is_dir()]
 
 
 def part_path(output_dir: Path, process_index: int) -> Path:
-    """Return where a process notes the images it has finished."""
+    """Return the path of a process's part of the manifest, where it records the images that it has finished."""
     return output_dir / f"manifest.part-{process_index:05d}.csv"
 
 
 def part_paths(output_dir: Path) -> list[Path]:
-    """Return the parts that are there, of this run or an earlier one."""
+    """Return the existing parts, of this run or an earlier one, sorted by process."""
     return sorted(path for path in output_dir.glob("manifest.part-*.csv") if _PART.fullmatch(path.name))
 
 
@@ -81,5 +81,5 @@ def shared_mark_path(output_dir: Path) -> Path:
 
 
 def shared_mark_paths(output_dir: Path) -> list[Path]:
-    """Return the files of that kind that are there."""
+    """Return the existing files of that kind."""
     return [path for path in output_dir.glob(".userdiff.shared-*") if _SHARED_MARK.fullmatch(path.name)]

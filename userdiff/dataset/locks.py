@@ -1,6 +1,6 @@
-"""Who may write to a dataset's folder: one job at a time, and no process of a job before it.
+"""Locks that keep a dataset's folder to one job at a time, and keep the writers of an earlier job out.
 
-Both locks are the operating system's (`flock`), so that a killed process leaves none behind.
+Both locks belong to the operating system (`flock`), so a killed process leaves none behind.
 """
 
 import errno
@@ -15,8 +15,8 @@ from typing import TextIO
 
 from userdiff.dataset.layout import LOCK_NAME, WRITERS_NAME
 
-LOCK_SECONDS = 1.0  # whoever only looks whether a folder is held has its lock for an instant
-WRITERS_SECONDS = 15.0  # for the writers of a job that was just killed to go
+LOCK_SECONDS = 1.0  # a process that only checks whether a folder is held has its lock for an instant
+WRITERS_SECONDS = 15.0  # time for the writers of a job that was just killed to exit
 _POLL_SECONDS = 0.05
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
@@ -36,10 +36,7 @@ def made_folder(path: Path) -> Iterator[None]:
 
 @contextmanager
 def folder_lock(output_dir: Path) -> Iterator[None]:
-    """Hold a folder for one job; raises ValueError, naming the holder, where another job has it.
-
-    Raises ValueError too where the file system keeps no locks.
-    """
+    """Lock a folder for one job; raises ValueError if another job has it, or if the file system has no locks."""
     path = output_dir / LOCK_NAME
     was_there = path.exists()
     try:
@@ -66,7 +63,7 @@ def folder_lock(output_dir: Path) -> Iterator[None]:
 
 
 def lock_holder(output_dir: Path) -> str | None:
-    """Return who holds a folder now; None where nobody does. Needs to read the lock's file, no more."""
+    """Return which process holds a folder now, or None. Only needs permission to read the lock's file."""
     path = output_dir / LOCK_NAME
     try:
         with open(path) as file:
@@ -77,8 +74,8 @@ def lock_holder(output_dir: Path) -> str | None:
 
 @contextmanager
 def writing(output_dir: Path) -> Iterator[None]:
-    """Be known to `wait_for_writers`, on any machine, as a process that may write images."""
-    with open(output_dir / WRITERS_NAME, "a+") as file:  # NFSv4 gives a shared lock only to who can read
+    """Hold a shared lock while this process may write images; `wait_for_writers` on any machine waits for it."""
+    with open(output_dir / WRITERS_NAME, "a+") as file:  # NFSv4 grants a shared lock only on a file open for reading
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 
@@ -86,10 +83,10 @@ def writing(output_dir: Path) -> Iterator[None]:
 def wait_for_writers(
     output_dir: Path, seconds: float | None = None, on_poll: Callable[[], None] = lambda: None
 ) -> None:
-    """Wait until no process of an earlier job may write any more; raises ValueError if one still may.
+    """Wait until no process of an earlier job can write any more; raises ValueError if one still can.
 
     A process that was suspended, or cut off with its machine, outlives its job and the lock that its main process had.
-    `seconds` is WRITERS_SECONDS where it is not given; `on_poll` is called in between, and what it raises ends the wait.
+    seconds: by default WRITERS_SECONDS. on_poll: is called between attempts, and what it raises ends the wait.
     """
     path = output_dir / WRITERS_NAME
     file = _acquire(path, WRITERS_SECONDS if seconds is None else seconds, on_poll)
@@ -103,7 +100,7 @@ def wait_for_writers(
 
 
 def _acquire(path: Path, seconds: float, on_poll: Callable[[], None] = lambda: None) -> TextIO | None:
-    """Open a file and lock it exclusively; None where others hold it for so long."""
+    """Open a file and lock it exclusively; returns None if others still hold it after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         file = open(path, "a+")  # noqa: SIM115 - the caller's, if it is locked
@@ -121,7 +118,7 @@ def _acquire(path: Path, seconds: float, on_poll: Callable[[], None] = lambda: N
 
 
 def _is_locked(file: TextIO, kind: int) -> bool:
-    """Try to lock a file; returns whether that was possible."""
+    """Try to lock a file without waiting; returns whether that succeeded."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -130,7 +127,7 @@ def _is_locked(file: TextIO, kind: int) -> bool:
 
 
 def _is_still(file: TextIO, path: Path) -> bool:
-    """Return whether an open file still has its name: whoever held it before may have removed it."""
+    """Return whether an open file still has its name: the process that held it before may have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -8,7 +8,7 @@ from threading import Lock
 
 from userdiff.dataset.atomic import errors_naming, publish
 from userdiff.dataset.layout import MANIFEST_NAME, part_paths
-from userdiff.dataset.rows import HEADER, Row, Rows, Trust, slices
+from userdiff.dataset.rows import HEADER, Row, Rows, Trust, read_lines, slices
 
 _PIECE_BYTES = 2**18
 _SLICE = 1000  # rows that are written at a time
@@ -24,7 +24,7 @@ class PartWriter:
         self._file.write(HEADER)
 
     def append(self, row: Row) -> None:
-        """Note a published image."""
+        """Append the row of a published image."""
         with self._lock, errors_naming(self._path):
             self._file.write(row.line)
             self._file.flush()
@@ -38,19 +38,19 @@ class PartWriter:
 
 
 def num_part_rows(output_dir: Path) -> int:
-    """Return how many images an unfinished run has noted so far."""
+    """Return how many rows the parts of an unfinished run hold so far."""
     return sum(max(sum(piece.count(b"\n") for piece in _pieces(path)) - 1, 0) for path in part_paths(output_dir))
 
 
 def recorded_rows(output_dir: Path, *, trust_manifest: bool = False, trust_parts: bool = False) -> Rows:
     """Read the rows of the manifest and of all parts.
 
-    A manifest with the hash that it was published with is to be trusted; one without was damaged or edited. The parts
-    of the run that asks are; those of an interrupted run may stand for files that a power cut has emptied.
+    A manifest is trusted if it still has the hash it was published with; otherwise it was damaged or edited. Parts of the
+    current run are trusted; parts of an interrupted run may name files that a power cut has emptied.
     """
-    rows = Rows()
-    rows.read([output_dir / MANIFEST_NAME], Trust.RECORDED if trust_manifest else Trust.CLAIMED)
-    rows.read(part_paths(output_dir), Trust.RECORDED if trust_parts else Trust.CLAIMED)
+    rows = Rows(read_lines(output_dir / MANIFEST_NAME), Trust.RECORDED if trust_manifest else Trust.CLAIMED)
+    of_parts = chain.from_iterable(map(read_lines, part_paths(output_dir)))
+    rows.extend(of_parts, Trust.RECORDED if trust_parts else Trust.CLAIMED)
     return rows
 
 

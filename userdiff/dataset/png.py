@@ -1,4 +1,4 @@
-"""Images as PNG files: encoding with text chunks, decoding, and what a file says of itself."""
+"""Images as PNG files: encoding with text chunks, decoding, and reading a file's size and text."""
 
 import io
 import struct
@@ -28,18 +28,18 @@ def encode_png(pixels: NDArray[np.uint8], text: Mapping[str, str], compress_leve
     """
     if pixels.shape[2] not in _COLOUR_TYPES:
         raise ValueError(f"a PNG has 1, 3 or 4 channels, the VAE makes {pixels.shape[2]}")
-    if compress_level <= MAX_FAST_LEVEL:
-        return _encode_fast(pixels, text, compress_level)
     chunks = PngImagePlugin.PngInfo()
     for key, value in text.items():
         chunks.add_text(key, value)
+    if compress_level <= MAX_FAST_LEVEL:
+        return _encode_fast(pixels, chunks, compress_level)
     buffer = io.BytesIO()
     image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
     image.save(buffer, format="PNG", pnginfo=chunks, compress_level=compress_level)
     return buffer.getvalue()
 
 
-def _encode_fast(pixels: NDArray[np.uint8], text: Mapping[str, str], compress_level: int) -> bytes:
+def _encode_fast(pixels: NDArray[np.uint8], chunks: PngImagePlugin.PngInfo, compress_level: int) -> bytes:
     """Write a PNG chunk by chunk, every row with the filter Sub (PNG specification, 5.6, 9.2 and 11.2)."""
     height, width, channels = pixels.shape
     rows = pixels.reshape(height, width * channels)
@@ -48,27 +48,20 @@ def _encode_fast(pixels: NDArray[np.uint8], text: Mapping[str, str], compress_le
     filtered[:, 1 : 1 + channels] = rows[:, :channels]
     np.subtract(rows[:, channels:], rows[:, :-channels], out=filtered[:, 1 + channels :])
     header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
-    texts = [_text_chunk(key, value) for key, value in text.items()]
-    data = _chunk(b"IDAT", zlib.compress(filtered.data, compress_level))
-    return b"".join([_START, _chunk(b"IHDR", header), *texts, data, _END])
-
-
-def _text_chunk(key: str, value: str) -> bytes:
-    try:
-        return _chunk(b"tEXt", f"{key}\0{value}".encode("latin-1"))
-    except UnicodeEncodeError:
-        return _chunk(b"iTXt", f"{key}\0\0\0\0\0{value}".encode())
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    texts = [(kind, content) for kind, content, _ in chunks.chunks]
+    pixel_data = zlib.compress(filtered.data, compress_level)
+    buffer = io.BytesIO()
+    buffer.write(_START)
+    for kind, content in [(b"IHDR", header), *texts, (b"IDAT", pixel_data), (b"IEND", b"")]:
+        PngImagePlugin.putchunk(buffer, kind, content)
+    return buffer.getvalue()
 
 
 def decode_png(data: bytes) -> tuple[tuple[int, int], dict[str, str]]:
     """Decode a PNG and return its (width, height) and text chunks; raises OSError where it is not intact.
 
-    Intact: every chunk has its checksum, all pixels decode, and the file ends with the end chunk, which Pillow alone
-    would not miss.
+    Intact: every chunk matches its checksum, all pixels decode, and the file ends with the end chunk. Pillow alone does
+    not notice that the end chunk is missing.
     """
     try:
         Image.open(io.BytesIO(data), formats=["PNG"]).verify()

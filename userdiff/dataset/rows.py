@@ -3,11 +3,12 @@
 Ten million rows take 0.6 GB, and all rows of a user are compared with its files at once.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +24,14 @@ T = TypeVar("T")
 
 
 class Trust(IntEnum):
-    """What a row is worth; of several rows of one image, the one with the most trust counts."""
+    """How far a row is believed; of several rows of one image, the one with the most trust counts."""
 
     CLAIMED = 1
-    """It stands in some file, which may have been edited or may have outlived its images."""
+    """From a file that may have been edited, or may have outlived its images."""
     RECORDED = 2
-    """It stands in the manifest that `run.json` knows the hash of, or in a part of the run that asks."""
+    """From a manifest with the hash that `run.json` records, or from a part of the current run."""
     FINISHED = 3
-    """Its image is there."""
+    """The image is on disk."""
 
 
 class Row(NamedTuple):
@@ -74,102 +75,90 @@ ROW = np.dtype(
         ("sha256", "V32"),
     ]
 )
-"""A row in 60 bytes. A row with a number too large for its field is not a job's."""
-# The hash in halves: rows are moved column by column, and a copy of the widest column is what that takes.
+"""A row in 60 bytes. A job writes no row with a number too large for its field."""
+# The hash in two halves: rows are moved column by column, so the widest column decides how much memory a move takes.
 _COLUMNS_TO_MOVE = np.dtype([*ROW.descr[:-1], ("sha256_0", "V16"), ("sha256_1", "V16")])
-_MAX_USER_ID, _MAX_4, _MAX_2 = 10**18 - 1, 2**32 - 1, 2**16 - 1  # what the fields hold
-_CLAIMED = int(Trust.CLAIMED)
+
+# Stricter than Python's `int`, which also reads +7, 007 and the digits of other scripts.
+_NUMBER = r"(0|[1-9][0-9]{0,9})"
+_LINE = re.compile(
+    rf"([^,]+),(0|[1-9][0-9]{{0,17}}),{_NUMBER},{_NUMBER},{_NUMBER},(trained|random),{_NUMBER},{_NUMBER},{_NUMBER},"
+    r"([0-9a-f]{64})\r?\n"
+)
+_MAX_4, _MAX_2 = 2**32 - 1, 2**16 - 1  # what fields of so many bytes hold
 
 
-def _parse(line: str) -> tuple[Any, ...] | None:
-    """Parse a line of a manifest as a ROW; None for the header and whatever is not, letter by letter, a row as we write it.
+def _parse(line: str) -> Row | None:
+    """Parse a line of a manifest; None for the header and whatever is not, letter by letter, a row as we write it.
 
     A killed job leaves a torn last line. An image whose row is lost is found again by its text chunks.
     """
-    fields = line.removesuffix("\n").removesuffix("\r").split(",")
-    try:
-        name, *planned, conditioning, width, height, num_bytes, sha256 = fields
-        user_id, index, seed, steps = map(int, planned)
-        size, digest = (int(width), int(height), int(num_bytes)), bytes.fromhex(sha256)
-    except ValueError:
+    match = _LINE.fullmatch(line)
+    if match is None:
         return None
-    # Python's `int` reads more than we write, such as +7, 007 or digits of another script.
-    numbers = [f"{user_id}", f"{index}", f"{seed}", f"{steps}", conditioning, *map(str, size), digest.hex()]
-    is_as_written = (
-        name == file_name(user_id, index) and fields[1:] == numbers and line[-1:] == "\n" and "-" not in line
-    )
-    is_whole = len(digest) == 32 and conditioning in _CONDITIONINGS
-    fits = user_id <= _MAX_USER_ID and index <= _MAX_4 and seed <= _MAX_4 and size[2] <= _MAX_4
-    if not (is_as_written and is_whole and fits and steps <= _MAX_2 and size[0] <= _MAX_2 and size[1] <= _MAX_2):
+    name, *planned, conditioning, wide, high, size, sha256 = match.groups()
+    user_id, index, seed, steps = map(int, planned)
+    width, height, num_bytes = int(wide), int(high), int(size)
+    fits_4 = index <= _MAX_4 and seed <= _MAX_4 and num_bytes <= _MAX_4
+    fits_2 = steps <= _MAX_2 and width <= _MAX_2 and height <= _MAX_2
+    if not (fits_4 and fits_2) or name != file_name(user_id, index):
         return None
-    return (user_id, index, seed, steps, conditioning == "random", _CLAIMED, *size, digest)
-
-
-def _read(path: Path) -> Iterator[NDArray[np.void]]:
-    """Yield the rows of a manifest or a part in the order of their lines, some at a time: [number] ROW."""
-    if path.is_file():
-        with open(path, encoding="ascii", errors="replace", newline="\n") as file:
-            for some in slices(filter(None, map(_parse, file)), _AT_ONCE):
-                yield np.array(some, ROW)
+    return Row(name, user_id, index, seed, steps, conditioning, width, height, num_bytes, sha256)
 
 
 def read_lines(path: Path) -> Iterator[Row]:
     """Yield the rows of a manifest or a part in the order of their lines; nothing where there is no such file."""
-    for some in _read(path):
-        yield from as_rows(some)
+    if path.is_file():
+        with open(path, encoding="ascii", errors="replace", newline="\n") as file:
+            yield from filter(None, map(_parse, file))
 
 
 class Rows:
     """Rows sorted by user and image. There may be several of an image, until `keep_best` is called.
 
-    Arrays that its methods return are views: they hold until rows are added or left out.
+    `array` and what the methods return of it are views: use them only until rows are added or removed.
     """
 
     def __init__(self, rows: Iterable[Row] = (), trust: Trust = Trust.FINISHED) -> None:
-        self._array = np.zeros(0, ROW)
+        self.array: NDArray[np.void] = np.zeros(0, ROW)
+        """All rows: [number] ROW."""
         self.places: dict[int, slice] = {}
         """User id -> where in `array` the rows of that user are; ascending."""
         self.extend(rows, trust)
 
     def extend(self, rows: Iterable[Row], trust: Trust = Trust.FINISHED) -> None:
         """Add rows."""
-        self._append(np.array([_record(row, trust) for row in some], ROW) for some in slices(rows, _AT_ONCE))
-
-    def read(self, paths: Iterable[Path], trust: Trust = Trust.CLAIMED) -> None:
-        """Add the rows of a manifest or of parts, as `read_lines` does."""
-        self._append((some for path in paths for some in _read(path)), trust)
-
-    def _append(self, chunks: Iterable[NDArray[np.void]], trust: Trust | None = None) -> None:
-        for some in chunks:
-            if trust is not None:
-                some["trust"] = trust
-            start = len(self._array)
+        for some in slices(rows, _AT_ONCE):
+            start = len(self.array)
             self._resize(start + len(some))
-            self._array[start:] = some
+            self.array[start:] = [
+                (user, index, seed, steps, kind == "random", trust, width, height, size, bytes.fromhex(sha256))
+                for _, user, index, seed, steps, kind, width, height, size, sha256 in some
+            ]
         self._sort()
 
     def _resize(self, length: int) -> None:
         try:
-            self._array.resize(length)  # the system moves large arrays without copying them
+            self.array.resize(length)  # the system moves large arrays without copying them
         except ValueError:  # somebody holds a view
-            self._array = np.resize(self._array, length)
+            self.array = np.resize(self.array, length)
 
     def _take(self, chosen: NDArray[np.integer]) -> None:
-        """Keep the chosen rows in this order, column by column, since a copy of all would double the memory."""
-        columns = self._array.view(_COLUMNS_TO_MOVE)
+        """Keep the chosen rows in this order, column by column: a copy of the whole array would double the memory."""
+        columns = self.array.view(_COLUMNS_TO_MOVE)
         for name in _COLUMNS_TO_MOVE.names or ():
             columns[name][: len(chosen)] = columns[name][chosen]
         del columns
         self._resize(len(chosen))
 
     def _sort(self) -> None:
-        user_ids, image_indices = self._array["user_id"], self._array["image_index"]
+        user_ids, image_indices = self.array["user_id"], self.array["image_index"]
         is_same_user = user_ids[1:] == user_ids[:-1]
         if not ((user_ids[1:] > user_ids[:-1]) | (is_same_user & (image_indices[1:] > image_indices[:-1]))).all():
             # Stable: of equals the last one stays the last. As uint32, the order takes half the memory.
-            order = np.lexsort((self._array["trust"], image_indices, user_ids)).astype(np.uint32)
+            order = np.lexsort((self.array["trust"], image_indices, user_ids)).astype(np.uint32)
             self._take(order)
-        user_ids = self._array["user_id"]
+        user_ids = self.array["user_id"]
         starts = np.flatnonzero(np.diff(user_ids, prepend=-1)).tolist()
         bounds = pairwise([*starts, len(user_ids)])
         self.places = {int(user_ids[start]): slice(start, end) for start, end in bounds}
@@ -179,14 +168,9 @@ class Rows:
         """User ids with at least one row, ascending."""
         return list(self.places)
 
-    @property
-    def array(self) -> NDArray[np.void]:
-        """All rows: [number] ROW."""
-        return self._array
-
     def of_user(self, user_id: int) -> NDArray[np.void]:
         """Return a user's rows: [number] ROW, sorted by image; of several of an image, the best is the last."""
-        return self._array[self.place(user_id)]
+        return self.array[self.place(user_id)]
 
     def place(self, user_id: int) -> slice:
         """Return where in `array` a user's rows are."""
@@ -202,15 +186,15 @@ class Rows:
 
     def image_indices(self) -> dict[int, NDArray[np.uint32]]:
         """Return the images that have rows: user id -> [number] image indices, ascending."""
-        return {user_id: self._array["image_index"][place] for user_id, place in self.places.items()}
+        return {user_id: self.array["image_index"][place] for user_id, place in self.places.items()}
 
     def num_bytes(self) -> int:
         """Return the size of all files together."""
-        return int(self._array["num_bytes"].sum(dtype=np.int64))
+        return int(self.array["num_bytes"].sum(dtype=np.int64))
 
     def sizes(self) -> list[tuple[int, int]]:
         """Return the different (width, height) of the images, ascending."""
-        found: list[tuple[int, int]] = np.unique(self._array[["width", "height"]]).tolist()
+        found: list[tuple[int, int]] = np.unique(self.array[["width", "height"]]).tolist()
         return found
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
@@ -226,17 +210,17 @@ class Rows:
 
     def is_best(self) -> NDArray[np.bool_]:
         """Return which rows are the best of their image: [number] bool."""
-        user_ids, image_indices = self._array["user_id"], self._array["image_index"]
+        user_ids, image_indices = self.array["user_id"], self.array["image_index"]
         is_best = np.ones(len(self), bool)
         is_best[:-1] = (user_ids[1:] != user_ids[:-1]) | (image_indices[1:] != image_indices[:-1])
         return is_best
 
     def __len__(self) -> int:
-        return len(self._array)
+        return len(self.array)
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), _AT_ONCE):
-            yield from as_rows(self._array[start : start + _AT_ONCE])
+            yield from as_rows(self.array[start : start + _AT_ONCE])
 
 
 def as_rows(array: NDArray[np.void]) -> list[Row]:
@@ -256,12 +240,6 @@ def as_rows(array: NDArray[np.void]) -> list[Row]:
         )
         for user, index, seed, steps, is_random, _, width, height, size, sha256 in array.tolist()
     ]
-
-
-def _record(row: Row, trust: Trust) -> tuple[Any, ...]:
-    is_random, sha256 = row.conditioning == "random", bytes.fromhex(row.sha256)
-    measured = (row.width, row.height, row.num_bytes, sha256)
-    return (row.user_id, row.image_index, row.seed, row.num_inference_steps, is_random, trust, *measured)
 
 
 def slices(values: Iterable[T], number: int) -> Iterator[list[T]]:

@@ -1,4 +1,4 @@
-"""`run.json`: what decided the pixels, what they were computed with, and how each run went."""
+"""`run.json`: the identity that decides the pixels, the numerics they were computed with, and the history of runs."""
 
 import argparse
 import json
@@ -17,13 +17,13 @@ from userdiff.shutdown import Stopped
 from userdiff.text import id_range
 
 NUMERICS_DEFAULTS = {"png_compress_level": 6}
-"""What holds for a record that was made before this was noted."""
+"""Values for records from before these were noted."""
 _ODD = (ValueError, LookupError, TypeError, AttributeError, OverflowError, argparse.ArgumentTypeError)
 
 
 @dataclass(kw_only=True)
 class RunEntry:
-    """How one run, of a job or of a merge, went."""
+    """One run of a job or of a merge, and how it ended."""
 
     started: str
     """ISO 8601, in UTC."""
@@ -31,9 +31,9 @@ class RunEntry:
     state: str = "running"
     """`running`, `ended`, `failed`, or `stopped by signal N`. A killed run leaves `running`, and no lock."""
     cause: str | None = None
-    """Why it did not come to its end."""
+    """Why the run ended early."""
     joined: list[str] | None = None
-    """Of a merge: the names of the folders that were joined."""
+    """The names of the folders that a merge joined."""
     num_processes: int
     user_ids: str
     """The users that were asked for, as `--user_ids` has them: `1-3 5`."""
@@ -45,16 +45,15 @@ class RunEntry:
     """Images that were asked for and are not there."""
 
     def __post_init__(self) -> None:
-        """Raise one of _ODD for what no run has written."""
-        kinds: dict[str, Any] = {
-            "started": str,
-            "ended": (str, NoneType),
-            "state": str,
-            "cause": (str, NoneType),
-            "user_ids": str,
-        }
-        kinds |= {"joined": (list, NoneType), "numerics": dict, "failed": list}
-        if not all(isinstance(getattr(self, name), kind) for name, kind in kinds.items()):
+        """Raise one of _ODD for values that no run writes."""
+        kinds: list[tuple[Any, list[object]]] = [
+            (str, [self.started, self.state, self.user_ids]),
+            ((str, NoneType), [self.ended, self.cause]),
+            ((list, NoneType), [self.joined]),
+            (dict, [self.numerics]),
+            (list, [self.failed]),
+        ]
+        if not all(isinstance(value, kind) for kind, values in kinds for value in values):
             raise TypeError(self)
         for number in (self.num_processes, self.num_images_per_user, self.published):
             if type(number) is not int or number < 0:
@@ -168,7 +167,8 @@ def now() -> str:
 def changed_numerics(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yield the numerics in which two runs differ: (name, old value, new value).
 
-    What only one of them notes is no difference: the other's device has no such thing, or an earlier version did not ask.
+    A name that only one run has is no difference: the other device has no such library, or an older version did not
+    record it.
     """
     for name, before, after in differences({**NUMERICS_DEFAULTS, **old}, {**NUMERICS_DEFAULTS, **new}):
         if before is not None and after is not None:

@@ -1,4 +1,4 @@
-"""What lies in a dataset's folder, compared with what its rows say: which images are finished."""
+"""Which images of a dataset are finished: the files in its folder, compared with its rows."""
 
 import os
 from array import array
@@ -23,7 +23,7 @@ _SLICE = 1000  # files that are read ahead
 T = TypeVar("T")
 R = TypeVar("R")
 Track = Callable[[Iterable[Any], int], Iterable[Any]]
-"""Passes on the items it is given, showing how many of a total have come."""
+"""Yields the items it is given, and shows how many of a total have come so far."""
 
 
 def untracked(items: Iterable[T], total: int) -> Iterable[T]:
@@ -32,11 +32,11 @@ def untracked(items: Iterable[T], total: int) -> Iterable[T]:
 
 
 class UserFolder(NamedTuple):
-    """What lies in the folder of a user."""
+    """The files in a user's folder."""
 
     name: str
     user_id: int
-    """-1 where no job gives a folder that name."""
+    """-1 for a name that no job gives."""
     image_indices: NDArray[np.uint32]
     """[number] of the files under an image's name, ascending."""
     num_bytes: NDArray[np.uint32]
@@ -44,18 +44,14 @@ class UserFolder(NamedTuple):
     foreign: list[str]
     """Names of everything else but temporaries, sorted."""
 
-    def has_file_of(self, rows: NDArray[np.void]) -> NDArray[np.bool_]:
-        """Return which of this user's rows, sorted by image, have a file of their size: [number] bool."""
-        at = np.searchsorted(self.image_indices, rows["image_index"])
-        has_file = at < len(self.image_indices)
-        at, rows = at[has_file], rows[has_file]
-        is_it = (self.image_indices[at] == rows["image_index"]) & (self.num_bytes[at] == rows["num_bytes"])
-        has_file[has_file] = is_it
-        return has_file
+    def without_row(self, rows: Rows) -> NDArray[np.uint32]:
+        """Return the images that have a file, and no row among these (one per image): [number], ascending."""
+        of_user = rows.of_user(self.user_id)
+        return np.setdiff1d(self.image_indices, of_user["image_index"], assume_unique=True)
 
 
 def user_folders(output_dir: Path) -> Iterator[UserFolder]:
-    """Look through the users' folders, in the order of their names, at the name and size of every file."""
+    """Read the name and size of every file in the users' folders, which come sorted by name."""
     for folder in layout.user_folders(output_dir):
         user_id = layout.parse_user_folder(folder.name)
         images, foreign = array("Q"), list[str]()
@@ -75,15 +71,20 @@ def user_folders(output_dir: Path) -> Iterator[UserFolder]:
 
 
 def have_files(folders: Iterable[UserFolder], rows: Rows) -> NDArray[np.bool_]:
-    """Return which rows, one per image, have a file of their size: [number] bool."""
-    has_file = np.zeros(len(rows), bool)
+    """Return which rows have a file of their size: [number] bool."""
+    is_there = np.zeros(len(rows), bool)
     for folder in folders:
-        has_file[rows.place(folder.user_id)] = folder.has_file_of(rows.of_user(folder.user_id))
-    return has_file
+        if len(folder.image_indices):
+            of_user = rows.of_user(folder.user_id)
+            # Where each row's image would stand among the files; one beyond the last file is compared with the last.
+            at = np.searchsorted(folder.image_indices[:-1], of_user["image_index"])
+            is_file = folder.image_indices[at] == of_user["image_index"]
+            is_there[rows.place(folder.user_id)] = is_file & (folder.num_bytes[at] == of_user["num_bytes"])
+    return is_there
 
 
 class Finished(NamedTuple):
-    """What is there of a dataset."""
+    """The finished images of a folder, and what else was found in it."""
 
     rows: Rows
     """One for every finished image."""
@@ -115,57 +116,46 @@ def find_finished(
     """
     has_manifest = published_sha256 is not None and manifest_sha256(output_dir) == published_sha256
     rows = recorded_rows(output_dir, trust_manifest=has_manifest, trust_parts=trust_parts)
+    folders = list(user_folders(output_dir))
     agrees = recipe.agrees(rows)
-    to_read, foreign_files = _match(output_dir, rows, agrees & rows.is_best() & (rows.array["trust"] == Trust.RECORDED))
+    is_trusted = agrees & rows.is_best() & (rows.array["trust"] == Trust.RECORDED)
+    rows.array["trust"][is_trusted & have_files(folders, rows)] = Trust.FINISHED
+
+    # Whatever else lies under an image's name is read: it may prove itself, or be somebody's.
+    to_read: dict[int, NDArray[np.uint32]] = {}
+    for folder in folders:
+        of_user = rows.of_user(folder.user_id)
+        finished = of_user["image_index"][of_user["trust"] == Trust.FINISHED]
+        to_read[folder.user_id] = np.setdiff1d(folder.image_indices, finished, assume_unique=True)
+    items = ((user_id, image_index) for user_id, indices in to_read.items() for image_index in indices.tolist())
+    foreign_images: list[Item] = []
 
     def prove(item: Item) -> tuple[Item, Row | None, bool]:
         return (item, *_prove(output_dir, recipe, item, rows.of_image(*item)))
 
-    items = ((user_id, image_index) for user_id, indices in to_read for image_index in indices.tolist())
-    foreign_images: list[Item] = []
-
     def proven_rows() -> Iterator[Row]:
-        for item, row, is_foreign in track(read_all(prove, items), sum(len(indices) for _, indices in to_read)):
+        for item, row, is_foreign in track(read_all(prove, items), sum(map(len, to_read.values()))):
             if row:
                 yield row
             elif is_foreign and not rows.of_image(*item):
                 foreign_images.append(item)
 
     proven = Rows(proven_rows())
-    lost = sorted(_lost(rows, agrees, proven))
-    rows.keep(rows.array["trust"] == Trust.FINISHED)
+    rows.keep(agrees)
     rows.extend(proven)
+    rows.keep_best()  # a finished image's row is the best it has
+    is_finished = rows.array["trust"] == Trust.FINISHED
+    lost = rows.array[["user_id", "image_index"]][~is_finished].tolist()
+    rows.keep(is_finished)
+    foreign_files = [f"{folder.name}/{name}" for folder in folders for name in folder.foreign]
     return Finished(rows, lost, foreign_files, sorted(foreign_images), has_manifest)
 
 
-def _match(
-    output_dir: Path, rows: Rows, is_trusted: NDArray[np.bool_]
-) -> tuple[list[tuple[int, NDArray[np.uint32]]], list[str]]:
-    """Mark the trusted rows that have their file as finished; returns the images to be read, and the foreign files."""
-    to_read: list[tuple[int, NDArray[np.uint32]]] = []
-    foreign: list[str] = []
-    for folder in user_folders(output_dir):
-        of_user = rows.of_user(folder.user_id)
-        is_finished = is_trusted[rows.place(folder.user_id)] & folder.has_file_of(of_user)
-        of_user["trust"][is_finished] = Trust.FINISHED
-        finished = of_user["image_index"][is_finished]
-        to_read.append((folder.user_id, np.setdiff1d(folder.image_indices, finished, assume_unique=True)))
-        foreign += [f"{folder.name}/{name}" for name in folder.foreign]
-    return to_read, foreign
-
-
-def _lost(rows: Rows, agrees: NDArray[np.bool_], proven: Rows) -> Iterator[Item]:
-    """Yield the images that have rows of the recipe, none of them finished or proven."""
-    for user_id, place in rows.places.items():
-        of_user = rows.of_user(user_id)
-        finished = of_user["image_index"][of_user["trust"] == Trust.FINISHED]
-        there = np.concatenate([finished, proven.of_user(user_id)["image_index"]])
-        for image_index in np.setdiff1d(of_user["image_index"][agrees[place]], there).tolist():
-            yield user_id, image_index
-
-
 def _prove(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) -> tuple[Row | None, bool]:
-    """Read a file: (its row, if it is what a row claims or what the recipe makes; else whether it may be a user's)."""
+    """Read a file under an image's name; returns (row, is_foreign).
+
+    The row is that of a claim with the file's hash, or what the recipe gives for its text chunks; None if neither holds.
+    """
     path = output_dir / layout.file_name(*item)
     try:
         data = path.read_bytes()
@@ -184,7 +174,7 @@ def _prove(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) 
 
 
 def read_all(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Read many files with several threads, a slice at a time: whoever stops iterating waits for no more than that."""
+    """Read many files with several threads, a slice at a time, so that a caller who stops waits for no more."""
     with ThreadPoolExecutor(READER_THREADS) as readers:
         for some in slices(items, _SLICE):
             yield from readers.map(read, some)

@@ -3,7 +3,8 @@
 `python -m userdiff.demo.train` makes the bundled one again.
 
 Ten users, user k writes the digit k - 1, index = user_id - 1. Samples during training come from
-`userdiff.training.generate_samples`, the sampling the batch job uses. About an hour on two CPU cores; where other work shares them, OMP_NUM_THREADS=1 is faster.
+`userdiff.generate_samples`, the same sampling as in the batch job. Training takes about an hour on two CPU cores; if
+other work shares them, OMP_NUM_THREADS=1 is faster.
 """
 
 import argparse

@@ -263,10 +263,12 @@ def _find(
             )
         return config, [Weights((path,), path.name)]
     folder = _find_folder(model_class, path, name, on_note, has_config=config_path is not None)
+    config = config_path or folder / "config.json"
+    read_json(config)  # what is wrong with it goes before what is wrong with the weights
     sets, notes = find_weights(folder)
     for note in notes:
         on_note(note)
-    return config_path or folder / "config.json", sets
+    return config, sets
 
 
 def _find_folder(model_class: Any, path: Path, name: str, on_note: Callable[[str], None], *, has_config: bool) -> Path:

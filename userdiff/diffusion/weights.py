@@ -334,7 +334,11 @@ def own_tensors(
     on_note: called with a line on averages of weights that lie beside and are not used.
     Raises ValueError where nothing fits, and where several fit equally and differ.
     """
-    averages = [str(name) for name in content if re.search(r"ema|average|shadow", str(name), re.IGNORECASE)]
+    averages = [
+        str(name)
+        for name, value in content.items()
+        if isinstance(value, Mapping | list | tuple) and re.search(r"ema|average|shadow", str(name), re.IGNORECASE)
+    ]
     if isinstance(content.get(preferred), Mapping):
         content = {preferred: content[preferred]}
     candidates = []

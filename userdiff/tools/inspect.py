@@ -105,24 +105,27 @@ def inspect(output_dir: Path, real_dir: Path | None = None, track: Track = untra
     names = [row.file_name for row in rows]
     users = [row.user_id for row in rows]
     looks = _look_at_all([output_dir / name for name in names], users, track)
-    damaged = sorted(set(range(len(rows))) - set(looks["row"].tolist()))
     if not len(looks):
         raise ValueError(f"{output_dir}: none of {len(rows)} images can be read, the first is {names[0]}")
     real = _look_at_all([path for _, path in real_files], [user_id for user_id, _ in real_files], track)
     if real_dir and not len(real):
         raise ValueError(f"--real: none of the {len(real_files)} images in {real_dir} can be read")
-    compared = _thinned(looks[looks["contrast"] >= FLAT_CONTRAST])
+    full = looks[looks["contrast"] >= FLAT_CONTRAST]
+    compared = full[_spread(len(full), COMPARED)]
     near = _near(compared, track)
     to_real = similarity(compared["user"], _near(compared, track, real), real["user"]) if real_dir else {}
     oddness = _oddness(looks)
     return Report(
         num_images=len(looks),
         num_compared=len(compared),
-        damaged=[names[i] for i in damaged],
+        damaged=[names[i] for i in np.setdiff1d(np.arange(len(rows)), looks["row"]).tolist()],
         users=_user_figures(looks, compared, near, oddness, to_real),
         closest_within=_pairs(compared, near, "own", names),
         closest_across=_pairs(compared, near, "other", names),
-        flattest=_flattest(looks, names),
+        flattest=[
+            Oddity(float(looks["contrast"][i]), names[looks["row"][i]])
+            for i in np.argsort(looks["contrast"], kind="stable")[:LISTED]
+        ],
         oddest=_oddest(looks, oddness, names),
     )
 
@@ -153,13 +156,8 @@ def _real_files(real_dir: Path) -> list[tuple[int, Path]]:
 
 def _look_at_all(paths: Sequence[Path], users: Sequence[int], track: Track) -> NDArray[np.void]:
     """Read images with several threads, keeping of each what _LOOK says; those that cannot be read are left out."""
-    looks = np.zeros(len(paths), _LOOK)
-    is_read = np.zeros(len(paths), bool)
-    found = read_all(_look_at, paths)
-    for i, (user_id, look) in enumerate(zip(users, track(found, len(paths)), strict=True)):
-        if look is not None:
-            looks[i], is_read[i] = (i, user_id, *look), True
-    return looks[is_read]
+    found = zip(users, track(read_all(_look_at, paths), len(paths)), strict=True)
+    return np.fromiter(((i, user_id, *look) for i, (user_id, look) in enumerate(found) if look), _LOOK)
 
 
 def _look_at(path: Path) -> tuple[Any, ...] | None:
@@ -191,10 +189,6 @@ def _spread(number: int, limit: int) -> list[int]:
 # Figures -------------------------------------------------------------------------------------------------------------
 
 
-def _thinned(looks: NDArray[np.void]) -> NDArray[np.void]:
-    return looks[_spread(len(looks), COMPARED)]
-
-
 def _near(looks: NDArray[np.void], track: Track, others: NDArray[np.void] | None = None) -> NDArray[np.void]:
     """Find the nearest small pictures, as NEAR says, among the same or other images."""
     vectors = () if others is None else (others["small"], others["user"])
@@ -214,16 +208,17 @@ def _user_figures(
     for user_id in np.unique(looks["user"]).tolist():
         is_user = looks["user"] == user_id
         of_user, of_user_near = looks[is_user], near[compared["user"] == user_id]
+        brightness, contrast = of_user["brightness"], of_user["contrast"]
         figures.append(
             UserFigures(
                 user_id=user_id,
                 num_images=len(of_user),
-                num_flat=int((of_user["contrast"] < FLAT_CONTRAST).sum()),
+                num_flat=int((contrast < FLAT_CONTRAST).sum()),
                 num_odd=int((oddness[is_user].max(axis=1) > ODD_SPREADS).sum()),
                 num_copies=int((_differences(of_user_near, "own") <= COPY_DIFFERENCE).sum()),
                 num_shared=int((_differences(of_user_near, "other") <= COPY_DIFFERENCE).sum()),
-                brightness=(float(of_user["brightness"].mean()), float(of_user["brightness"].std())),
-                contrast=(float(of_user["contrast"].mean()), float(of_user["contrast"].std())),
+                brightness=(float(brightness.mean()), float(brightness.std())),
+                contrast=(float(contrast.mean()), float(contrast.std())),
                 generated=generated.get(user_id),
                 real=to_real.get(user_id),
             )
@@ -263,11 +258,6 @@ def _oddness(looks: NDArray[np.void]) -> NDArray[np.float64]:
             away = np.abs(values[is_user] - np.median(values[is_user], axis=0))
             oddness[is_user] = away / np.maximum(1.4826 * np.median(away, axis=0), 1)
     return oddness
-
-
-def _flattest(looks: NDArray[np.void], names: Sequence[str]) -> list[Oddity]:
-    lowest = np.argsort(looks["contrast"], kind="stable")[:LISTED].tolist()
-    return [Oddity(float(looks["contrast"][i]), names[looks["row"][i]]) for i in lowest]
 
 
 def _oddest(looks: NDArray[np.void], oddness: NDArray[np.float64], names: Sequence[str]) -> list[Oddity]:

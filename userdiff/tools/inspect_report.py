@@ -44,12 +44,14 @@ def report_lines(name: str, report: Report) -> Iterator[str]:
     yield from _table(report)
     yield ""
     yield from _verdict(report.users)
-    yield from _pair_lines("Closest within a user", report.closest_within)
-    yield from _pair_lines("Closest across users", report.closest_across)
-    yield from _lines("Flattest (contrast)", [f"{one.value:8.1f}  {one.name}" for one in report.flattest])
-    yield from _lines(
-        "Oddest (robust standard deviations)", [f"{one.value:8.1f}  {one.name}  {one.what}" for one in report.oddest]
-    )
+    lists = {
+        "Closest within a user (difference, of their contrast)": map(_pair, report.closest_within),
+        "Closest across users (difference, of their contrast)": map(_pair, report.closest_across),
+        "Flattest (contrast)": (f"{one.value:8.1f}  {one.name}" for one in report.flattest),
+        "Oddest (robust standard deviations)": (f"{one.value:8.1f}  {one.name}  {one.what}" for one in report.oddest),
+    }
+    for title, lines in lists.items():
+        yield from ("", title, *(list(lines) or ["    none"]))
     yield from _notes(report)
 
 
@@ -97,10 +99,8 @@ def _other(found: Similarity | None) -> str:
 
 def _verdict(users: Sequence[UserFigures]) -> Iterator[str]:
     """Sum up over all users whom their images are like, among the generated ones and the real ones."""
-    for whose, found in [
-        ("generated", {user.user_id: user.generated for user in users}),
-        ("real", {user.user_id: user.real for user in users}),
-    ]:
+    for whose in ("generated", "real"):
+        found = {user.user_id: getattr(user, whose) for user in users}
         known = {user_id: one for user_id, one in found.items() if one and one.chance}
         if not known:
             continue
@@ -111,18 +111,9 @@ def _verdict(users: Sequence[UserFigures]) -> Iterator[str]:
         yield f"  Users no more like themselves than like another: {listed(mistaken) if mistaken else 'none'}"
 
 
-def _pair_lines(title: str, pairs: Sequence[Pair]) -> Iterator[str]:
-    lines = []
-    for pair in pairs:
-        same = "same pixels" if pair.has_same_pixels else ""
-        lines.append(f"{pair.difference:8.1%}  {'  '.join(pair.names)}  {same}".rstrip())
-    yield from _lines(f"{title} (difference, of their contrast)", lines)
-
-
-def _lines(title: str, lines: Sequence[str]) -> Iterator[str]:
-    yield ""
-    yield title
-    yield from lines or ["    none"]
+def _pair(pair: Pair) -> str:
+    same = "same pixels" if pair.has_same_pixels else ""
+    return f"{pair.difference:8.1%}  {'  '.join(pair.names)}  {same}".rstrip()
 
 
 def _notes(report: Report) -> Iterator[str]:

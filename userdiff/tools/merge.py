@@ -1,6 +1,6 @@
 """Putting rows together: an interrupted run's parts into its manifest, or the datasets of several jobs into one folder.
 
-Of several datasets, images are linked where possible. What is believed of a file is what `find_finished` believes.
+Images of several datasets are linked where possible. `find_finished` decides which files count as finished.
 """
 
 import errno
@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from userdiff.dataset import layout, locks
 from userdiff.dataset.atomic import publish, remove_temporaries
@@ -47,15 +47,15 @@ def merge(output_dir: Path, track: Track = untracked) -> Rows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Joined:
-    """What came of joining datasets."""
+    """The result of joining datasets."""
 
     num_images: int
-    """In the joined folder, those that were there before included."""
+    """All images in the joined folder, including those from before."""
     num_linked: int
-    """Put there now, as hard links."""
+    """Images added now, as hard links."""
     num_copied: int
     num_missing: int
-    """Images that are not there, of those asked for: all users of the last runs, the largest number of images."""
+    """Wanted images that are not there; wanted are all users of the last runs, each with the largest number."""
     left_out: dict[Path, list[Item]]
     """Folder -> its images that are missing, damaged or of another run, and that no other folder has."""
     numerics: list[str]
@@ -79,7 +79,7 @@ def merge_into(
     with ExitStack() as held:
         held.enter_context(locks.made_folder(into))
         for path in sorted([*sources, into], key=Path.resolve):  # in one order, whoever else joins them
-            held.enter_context(locks.folder_lock(path) if path == into else _lock_source(path))
+            _hold(path, held, may_be_read_only=path != into)
         locks.wait_for_writers(into, on_poll=shutdown.check)
         records = _read_records(sources, into)  # as they are now that nobody else writes them
         first = next(iter(records.values()))
@@ -93,7 +93,11 @@ def merge_into(
         own = found[into].rows if into in found else Rows()
         lost = {path: {*one.lost, *one.foreign_images} for path, one in found.items()}
         num_pending = _check_images(found, records, into) - len(own)
-        run_record = RunRecord(identity=first.identity, numerics=first.numerics, history=_history(records))
+        history: list[RunEntry] = []
+        for one in records.values():  # an earlier joining brought some of their runs already
+            history += [entry for entry in one.history if entry not in history]
+        history.sort(key=lambda entry: entry.started)
+        run_record = RunRecord(identity=first.identity, numerics=first.numerics, history=history)
         entry = _new_entry(records, sources, first)
         with _noted(into, run_record, entry, own, num_pending):
             ways: Counter[str] = Counter()
@@ -168,34 +172,30 @@ def _read_records(sources: Sequence[Path], into: Path) -> dict[Path, RunRecord]:
         if one is None:
             raise ValueError(f"{source} holds no dataset: no {layout.RECORD_NAME}; leave it out, or run its job first")
         records[source] = one
-    first, begun = next(iter(records.items()))
-    for path, other in records.items():
-        if other.run != begun.run:
-            names = f"{{}} is {{}} in {_escaped(first)}, {{}} in {_escaped(path)}"
-            changed = describe_differences(begun.identity, other.identity, names.format)
-            raise ValueError(
-                f"{path} holds images made otherwise than those of {first} ({changed}); only jobs of one model with the same "
-                "flags can be joined, but for users and numbers of images"
-            )
+    first = next(iter(records))
+    other = next((path for path in records if records[path].run != records[first].run), None)
+    if other:
+
+        def describe(name: str, ours: str, theirs: str) -> str:
+            return f"{name} is {ours} in {first}, {theirs} in {other}"
+
+        changed = describe_differences(records[first].identity, records[other].identity, describe)
+        raise ValueError(
+            f"{other} holds images made otherwise than those of {first} ({changed}); only jobs of one model with the same "
+            "flags can be joined, but for users and numbers of images"
+        )
     return records
 
 
-def _escaped(path: Path) -> str:
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-@contextmanager
-def _lock_source(source: Path) -> Iterator[None]:
-    """Hold a folder; one that cannot be written to need only be free, since its images are whole or not there."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(locks.folder_lock(source))
-        except OSError as error:
-            if error.errno not in _CANNOT_LOCK:
-                raise
-            if holder := locks.lock_holder(source):
-                raise ValueError(f"{source} is in use by another job ({holder})") from error
-        yield
+def _hold(path: Path, held: ExitStack, *, may_be_read_only: bool) -> None:
+    """Hold a folder until `held` ends; one that cannot be written to need only be free: its images are whole or absent."""
+    try:
+        held.enter_context(locks.folder_lock(path))
+    except OSError as error:
+        if not may_be_read_only or error.errno not in _CANNOT_LOCK:
+            raise
+        if holder := locks.lock_holder(path):
+            raise ValueError(f"{path} is in use by another job ({holder})") from error
 
 
 def _check_images(found: Mapping[Path, Finished], records: Mapping[Path, RunRecord], into: Path) -> int:
@@ -240,16 +240,8 @@ def _different_numerics(records: Mapping[Path, RunRecord]) -> list[str]:
 # The joined dataset's record -----------------------------------------------------------------------------------------
 
 
-def _history(records: Mapping[Path, RunRecord]) -> list[RunEntry]:
-    """Return the runs of all folders, oldest first; an earlier joining brought some of them already."""
-    history: list[RunEntry] = []
-    for one in records.values():
-        history += [entry for entry in one.history if entry not in history]
-    return sorted(history, key=lambda entry: entry.started)
-
-
 def _new_entry(records: Mapping[Path, RunRecord], sources: Sequence[Path], first: RunRecord) -> RunEntry:
-    """Return the entry of this joining. It asks for what the last runs asked for: all users, the largest number."""
+    """Return the history entry of this merge. It asks for all users of the last runs, and the largest number of images."""
     last = [one.last for one in records.values() if one.last]
     return RunEntry(
         started=now(),
@@ -264,7 +256,7 @@ def _new_entry(records: Mapping[Path, RunRecord], sources: Sequence[Path], first
 
 @contextmanager
 def _noted(into: Path, run_record: RunRecord, entry: RunEntry, own: Rows, num_pending: int) -> Iterator[None]:
-    """Keep `run.json` true meanwhile: it says `running`, then how the joining ended. An OSError goes on as Failed."""
+    """Record in `run.json` that the merge is `running`, then how it ended. An OSError is raised as Failed."""
     try:
         remove_temporaries(into)
         run_record.manifest_sha256 = write_manifest(into, own)  # a killed joining's parts have gone into it
@@ -287,25 +279,22 @@ def _put_all(sources: Mapping[Path, Rows], own: Rows, into: Path) -> Iterator[tu
     """Put every image that is not there yet into the folder; yields (source, row, `linked`, `copied` or `damaged`)."""
     done = {user_id: indices.copy() for user_id, indices in own.image_indices().items()}
     for source, rows in sources.items():
-
-        def put(row: Row, source: Path = source) -> tuple[Path, Row, str]:
-            return source, row, _put(source / row.file_name, row, into)
-
         for user_id in rows.user_ids:
             there = done.get(user_id, np.zeros(0, np.uint32))
-            to_put = rows.of_user(user_id)
-            is_new: NDArray[np.bool_] = ~np.isin(to_put["image_index"], there)
+            of_user = rows.of_user(user_id)
+            to_put = as_rows(of_user[~np.isin(of_user["image_index"], there)])
             (into / layout.file_name(user_id, 0)).parent.mkdir(exist_ok=True)
             put_now = []
-            for source_of, row, way in read_all(put, as_rows(to_put[is_new])):
+            for row, way in zip(to_put, read_all(partial(_put, source, into), to_put), strict=True):
                 if way != "damaged":  # else another source may have it whole
                     put_now.append(row.image_index)
-                yield source_of, row, way
+                yield source, row, way
             done[user_id] = np.concatenate([there, np.array(put_now, np.uint32)])
 
 
-def _put(path: Path, row: Row, into: Path) -> str:
+def _put(source: Path, into: Path, row: Row) -> str:
     """Put one image into the folder in one step: as a link where that can be, else as a copy that has its row's hash."""
+    path = source / row.file_name
     with suppress(OSError):  # another file system, or one without links; a damaged file of that name
         os.link(path.resolve() if path.is_symlink() else path, into / row.file_name)
         return "linked"

@@ -1,6 +1,6 @@
-"""What `preview.html` says of a dataset's runs: how it was made, and what is not as it should be."""
+"""What `preview.html` says about a dataset's runs: how the images were made, and what went wrong."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import groupby
 from typing import Any
@@ -13,10 +13,11 @@ from userdiff.text import count, format_ids
 _FAILED_LISTED = 100
 _CHARS = 300  # of a value; a mapping of many users has more
 _HASH_CHARS = 12  # enough to tell it from another
+_LIBRARIES = ("torch", "cuda", "hip", "cudnn", "triton", "diffusers", "pillow")
 
 
 def notices(rows: Rows, run_record: RunRecord | None, ended: datetime | None = None) -> Iterator[str]:
-    """Yield what is not as it should be, a sentence each; `ended` as for `run_summary`."""
+    """Yield one sentence for everything that went wrong; `ended` as for `run_summary`."""
     if rows.array["is_random"].any():
         yield "The condition encoder's weights were RANDOM: images do not show the users they are filed under."
     if run_record is None or run_record.last is None:
@@ -37,8 +38,19 @@ def run_summary(run_record: RunRecord, ended: datetime | None = None) -> Iterato
     """
     entry = run_record.last
     numerics = entry.numerics if entry else run_record.numerics
-    values = {name: describe(run_record.identity) for name, describe in _OF_IDENTITY.items()}
-    values |= {
+    identity = run_record.identity
+    weights = {"VAE": identity["vae"]["weights"], "UNet": identity["unet"]["weights"]}
+    weights["condition encoder"] = identity["condition_encoder"]
+    schedule = identity["noise_schedule"]  # what differs from the scheduler's defaults
+    values = {
+        "Checkpoint": ", ".join(f"{name} {content_hash[:_HASH_CHARS]}" for name, content_hash in weights.items()),
+        "Noise schedule": ", ".join(f"{name} {value}" for name, value in schedule.items()) or "DDIM's defaults",
+        "Row of the embedding, by user": _user_rows(identity["user_index"]),
+        "Steps": f"{identity['num_inference_steps']} of DDIM",
+        "Seed": str(identity["seed"]),
+        "Eta": str(identity.get("eta", "")),
+        "Precision": str(identity.get("mixed_precision", "float32")),
+        "VAE output range": str(identity.get("vae_output_range", "")),
         "Batch size": str(numerics["batch_size"]),
         "Device": _device(numerics),
         "Versions": ", ".join(f"{name} {numerics[name]}" for name in _LIBRARIES if name in numerics),
@@ -68,53 +80,19 @@ def _cut(text: str) -> str:
     return (text[:_CHARS].rpartition(" ")[0] or text[:_CHARS]) + " ..."
 
 
-# What decides the pixels ---------------------------------------------------------------------------------------------
-
-
-def _checkpoint(identity: Mapping[str, Any]) -> str:
-    hashes = {"VAE": identity["vae"]["weights"], "UNet": identity["unet"]["weights"]}
-    hashes["condition encoder"] = identity["condition_encoder"]
-    return ", ".join(f"{name} {content_hash[:_HASH_CHARS]}" for name, content_hash in hashes.items())
-
-
-def _noise_schedule(identity: Mapping[str, Any]) -> str:
-    """Return what differs from the scheduler's defaults."""
-    return ", ".join(f"{name} {value}" for name, value in identity["noise_schedule"].items()) or "DDIM's defaults"
-
-
-def _user_rows(identity: Mapping[str, Any]) -> str:
-    """Return the users' rows of the embedding, where these are not simply id - 1."""
-    rows = sorted((int(user_id), index) for user_id, index in identity["user_index"].items())
+def _user_rows(user_index: Mapping[str, int]) -> str:
+    """Return the users' rows of the embedding as text, where these are not simply id - 1: `3-5: 0-2, 17: 9`."""
+    rows = sorted((int(user_id), row) for user_id, row in user_index.items())
     if all(row == user_id - 1 for user_id, row in rows):
         return ""
-    runs: list[list[int]] = []  # first id, its row, how many ids follow with the rows that follow
-    for user_id, row in rows:
-        if runs and (user_id, row) == (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]):
-            runs[-1][2] += 1
-        else:
-            runs.append([user_id, row, 1])
-    return ", ".join(f"{_span(user_id, number)}: {_span(row, number)}" for user_id, row, number in runs)
-
-
-def _span(first: int, number: int) -> str:
-    return str(first) if number == 1 else f"{first}-{first + number - 1}"
-
-
-_OF_IDENTITY: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "Checkpoint": _checkpoint,
-    "Noise schedule": _noise_schedule,
-    "Row of the embedding, by user": _user_rows,
-    "Steps": lambda identity: f"{identity['num_inference_steps']} of DDIM",
-    "Seed": lambda identity: str(identity["seed"]),
-    "Eta": lambda identity: str(identity.get("eta", "")),
-    "Precision": lambda identity: str(identity.get("mixed_precision", "float32")),
-    "VAE output range": lambda identity: str(identity.get("vae_output_range", "")),
-}
-
-
-# What may change last bits, and how the last run went ----------------------------------------------------------------
-
-_LIBRARIES = ("torch", "cuda", "hip", "cudnn", "triton", "diffusers", "pillow")
+    texts = []
+    # Where ids and rows both go up by one from pair to pair, so does the pair's number: the differences stay the same.
+    for _, run in groupby(
+        enumerate(rows), lambda numbered: (numbered[1][0] - numbered[0], numbered[1][1] - numbered[0])
+    ):
+        user_ids, run_rows = zip(*(pair for _, pair in run), strict=True)
+        texts.append(f"{format_ids(user_ids)}: {format_ids(run_rows)}")
+    return ", ".join(texts)
 
 
 def _device(numerics: Mapping[str, Any]) -> str:
@@ -124,7 +102,7 @@ def _device(numerics: Mapping[str, Any]) -> str:
 
 
 def _course(entry: RunEntry, ended: datetime | None) -> str:
-    """Return how many images a run made, in which time, at which rate."""
+    """Return how many images a run made, how long it took, and its rate."""
     made, seconds = count(entry.published, "image"), entry.seconds(ended)
     if seconds is not None:
         seconds = round(seconds)

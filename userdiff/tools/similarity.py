@@ -1,4 +1,4 @@
-"""How alike images are, told by short vectors of integers made of them. Functions of arrays; they open no files."""
+"""Similarity of images, measured on short integer vectors. Functions of arrays; no files are opened."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def nearest(
 def _closest(
     block: NDArray[np.integer], others: NDArray[np.integer], spans: list[tuple[int, int]], itself: int | None = None
 ) -> tuple[list[int], list[float]]:
-    """Find the nearest within some spans of `others`; `itself`: where among them the block's first row stands."""
+    """Find the nearest within some spans of `others`; itself: the first query's own index there, which is not to be found."""
     rows = np.arange(len(block))
     best, index = np.full(len(block), np.inf), np.full(len(block), -1)
     queries = block.astype(np.float32)

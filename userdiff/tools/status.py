@@ -1,14 +1,13 @@
-"""How far a dataset is, and how its last run ended: what `userdiff status` prints."""
+"""How much of a dataset is done, and how its last run ended: what `userdiff status` prints."""
 
 import re
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from userdiff.dataset.layout import MANIFEST_NAME, RECORD_NAME
 from userdiff.dataset.locks import lock_holder
@@ -26,7 +25,7 @@ _STOPPED = re.compile(r"stopped by signal (\d+)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Status:
-    """How far a dataset is."""
+    """How much of a dataset is done."""
 
     state: str
     """`running`, `complete`, `incomplete`, `killed`, `stopped by SIGTERM` (or another) or `failed`; of the last run."""
@@ -63,25 +62,20 @@ def best_rows(output_dir: Path, recipe: Recipe | None) -> Rows:
 
 
 def num_of_wanted(rows: Rows, wanted: dict[int, int]) -> dict[int, int]:
-    """Return how many rows there are of the images that were asked for: user id -> number."""
+    """Return how many of the wanted images have a row: user id -> number."""
     return {user_id: int((rows.of_user(user_id)["image_index"] < number).sum()) for user_id, number in wanted.items()}
 
 
 def read_status(output_dir: Path) -> Status:
-    """Read how far a dataset is from its records and the sizes of its files; raises ValueError where there is none."""
+    """Read a dataset's status from its records and the sizes of its files; raises ValueError if there is no dataset."""
     run_record = existing_record(output_dir)
     entry, wanted = run_record.last, run_record.last.wanted() if run_record.last else {}
     rows = best_rows(output_dir, Recipe.of(run_record.identity, run_record.run))
     folders = list(user_folders(output_dir))
-    unrecorded = sum(
-        int((~np.isin(folder.image_indices, rows.of_user(folder.user_id)["image_index"])).sum()) for folder in folders
-    )
+    unrecorded = sum(len(folder.without_row(rows)) for folder in folders)
     rows.keep(have_files(folders, rows))
     done = num_of_wanted(rows, wanted)
-    failed: dict[int, int] = {}
-    for user_id, image_index in entry.failed if entry else ():
-        if not rows.of_image(user_id, image_index):
-            failed[user_id] = failed.get(user_id, 0) + 1
+    failed = Counter(item[0] for item in (entry.failed if entry else ()) if not rows.of_image(*item))
     state, detail = _state(output_dir, entry, is_complete=sum(done.values()) == sum(wanted.values()))
     return Status(
         state=state,

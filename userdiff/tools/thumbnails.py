@@ -2,9 +2,8 @@
 
 import base64
 import io
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image, features
 
@@ -35,35 +34,17 @@ def make_thumbnail(path: Path, max_bytes: int) -> Thumbnail | None:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             small = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGBA")
-            is_whole = max(small.size) <= SIDE
+            kinds: list[tuple[str, dict[str, Any]]] = [("PNG", {"optimize": True})] if max(small.size) <= SIDE else []
+            kinds += [(_LOSSY, {"quality": quality}) for quality in _QUALITIES]
             small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
             small.load()
-        kind, data = _encode(small, max_bytes, is_whole=is_whole)
+        for kind, options in kinds:  # smaller each time
+            buffer = io.BytesIO()
+            (small.convert("RGB") if kind == "JPEG" else small).save(buffer, kind, **options)
+            if buffer.tell() <= max_bytes:
+                break
     except Exception:  # Pillow has many words for a broken PNG
         return None
     scale = max(SIDE // max(small.size), 1)
-    source = f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
+    source = f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return Thumbnail(source, small.width * scale, small.height * scale, is_enlarged=scale > 1)
-
-
-def _encode(image: Image.Image, max_bytes: int, *, is_whole: bool) -> tuple[str, bytes]:
-    smallest = "", b""
-    for kind, data in _encodings(image, is_whole=is_whole):
-        smallest = kind, data
-        if len(data) <= max_bytes:
-            break
-    return smallest
-
-
-def _encodings(image: Image.Image, *, is_whole: bool) -> Iterator[tuple[str, bytes]]:
-    """Encode an image, smaller each time: (format, data)."""
-    if is_whole:
-        yield "PNG", _saved(image, "PNG", optimize=True)
-    for quality in _QUALITIES:
-        yield _LOSSY, _saved(image if _LOSSY == "WEBP" else image.convert("RGB"), _LOSSY, quality=quality)
-
-
-def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()

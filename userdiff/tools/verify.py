@@ -1,12 +1,10 @@
-"""What lies in a dataset's folder that is not as its records say: what `userdiff verify` prints."""
+"""Where a dataset's folder differs from its records: what `userdiff verify` prints."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from userdiff.dataset import layout
 from userdiff.dataset.locks import lock_holder
@@ -32,7 +30,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True, order=True, slots=True)
 class Problem:
-    """Something in a folder that is not as its records say."""
+    """One difference between a folder and its records."""
 
     kind: str
     """`missing`, `changed`, `unrecorded`, `unmerged` or `foreign`."""
@@ -57,8 +55,7 @@ def verify(output_dir: Path, *, deep: bool = False, track: Track = untracked) ->
     unrecorded: dict[int, list[int]] = {}
     for folder in folders:
         problems += [Problem("foreign", f"{folder.name}/{name}", "not an image of a job") for name in folder.foreign]
-        known = rows.of_user(folder.user_id)["image_index"]
-        for image_index in np.setdiff1d(folder.image_indices, known, assume_unique=True).tolist():
+        for image_index in folder.without_row(rows).tolist():
             if problem := _problem_without_row(output_dir, recipe, folder.user_id, image_index):
                 problems.append(problem)
             else:
@@ -90,7 +87,7 @@ def _record_problems(output_dir: Path, run_record: RunRecord | None) -> Iterator
 
 
 def _misleading(output_dir: Path) -> Iterator[Problem]:
-    """Yield what loaders would take for a class or an image, beside the users' folders."""
+    """Yield what lies beside the users' folders and loaders would take for a class or an image."""
     for path in output_dir.iterdir():
         if path.is_dir() and not layout.is_user_folder(path.name):
             yield Problem("foreign", path.name, "loaders take every folder for a class")
@@ -101,7 +98,7 @@ def _misleading(output_dir: Path) -> Iterator[Problem]:
 
 
 def _problem_without_row(output_dir: Path, recipe: Recipe | None, user_id: int, image_index: int) -> Problem | None:
-    """Look at a file under an image's name that has no row; None where it is an image of the recipe, or of any job."""
+    """Check an image file that has no row; None if it is an image of the recipe, or of any job if there is no recipe."""
     name = layout.file_name(user_id, image_index)
     text = read_text_chunks(output_dir / name)
     if text is None:
@@ -116,7 +113,7 @@ def _problem_without_row(output_dir: Path, recipe: Recipe | None, user_id: int, 
 
 
 def _problem(output_dir: Path, row: Row, *, deep: bool) -> Problem | None:
-    """Look at the file of a row: at its size; `deep`: at its hash, its pixels, and what it says of itself."""
+    """Check the size of a row's file; with `deep`, also its hash, its pixels and its text chunks."""
     path = output_dir / row.file_name
     try:
         size = path.stat().st_size
@@ -142,7 +139,7 @@ def _problem_inside(path: Path, row: Row) -> Problem | None:
 
 
 def _missing(rows: Rows, unrecorded: Mapping[int, list[int]], wanted: dict[int, int]) -> Iterator[Problem]:
-    """Yield the users of whose images some have neither a row nor a file."""
+    """Yield a problem for each user with wanted images that have neither a row nor a file."""
     known = num_of_wanted(rows, wanted)
     for user_id, number in wanted.items():
         num_known = known[user_id] + sum(index < number for index in unrecorded.get(user_id, ()))
@@ -152,7 +149,7 @@ def _missing(rows: Rows, unrecorded: Mapping[int, list[int]], wanted: dict[int, 
 
 
 def problem_lines(output_dir: Path, problems: list[Problem], *, deep: bool) -> Iterator[str]:
-    """Yield what `userdiff verify` prints: the problems by kind, how they were looked for, and what to do about them."""
+    """Yield what `userdiff verify` prints: the problems by kind, how thorough the search was, and what to do about them."""
     kinds = Counter(problem.kind for problem in problems)
     for kind, number in kinds.items():
         for problem in [problem for problem in problems if problem.kind == kind][:_LISTED]:
