@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 
 HEADER = "file_name,user_id,image_index,seed,num_inference_steps,conditioning,width,height,num_bytes,sha256"
@@ -62,6 +63,13 @@ def png_of(text: dict[str, str], size: tuple[int, int] = (3, 2), colour: str = "
     for key, value in text.items():
         chunks.add_text(key, value)
     Image.new(mode, size, colour).save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def png_of_pixels(pixels: np.ndarray) -> bytes:
+    """Return a PNG of [height, width] or [height, width, channels] uint8, without a word."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

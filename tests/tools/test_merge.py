@@ -1,6 +1,7 @@
 """`userdiff merge --into`: the datasets of independent jobs, joined in one folder."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -387,20 +388,16 @@ def test_a_signal_is_one_line_and_the_same_command_goes_on(jobs, tmp_path, capsy
 CHANGES = {"os.rename": 0, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "os.link": 1}
 
 
-def join_and_die(sources, into, changes_left):
-    """Join in a process that dies, as by SIGKILL, at its n-th change of `into`; gives whether it came to its end."""
+def join(sources, into, at_change):
+    """Join in another process, which calls a function before every change of `into`; returns its exit status."""
     process = os.fork()
     if process:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
-
-    left = [changes_left]
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
     def hook(event, args):
         writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
         if (writes or event in CHANGES) and str(args[CHANGES.get(event, 0)]).startswith(str(into)):
-            left[0] -= 1
-            if left[0] < 0:
-                os._exit(9)
+            at_change()
 
     try:
         sys.addaudithook(hook)
@@ -412,30 +409,35 @@ def join_and_die(sources, into, changes_left):
 
 @pytest.mark.parametrize("link", [os.link, no_link])
 def test_killed_at_any_change_of_the_disk_and_run_again(tmp_path, monkeypatch, link):
+    """What a kill leaves is what lies there just before the change that did not come."""
     monkeypatch.setattr(os, "link", link)
     jobs = [dataset(tmp_path / f"job_{user_id}", [(user_id, 0)], str(user_id), 1) for user_id in (1, 2)]
-    into, items, before = tmp_path / "C", all_of([1, 2], 1), state(*jobs)
-    for number in range(1000):
-        if join_and_die(jobs, into, number):
-            break
-        whole = {name_of(*item): data for item, data in images_of(items).items()}
-        found = files_in(into) if into.exists() else {}
-        assert {
-            name: data for name, data in found.items() if name.startswith("user_0") and "/." not in name
-        }.items() <= whole.items()
-        if (into / "run.json").exists():
-            assert read_status(into).state in {"killed", "complete"}
-        merge_into(jobs, into)
-        assert_is(into, items)
-        assert read_status(into).state == "complete"
-        shutil.rmtree(into)
-    assert number > 15
+    into, items, before, numbers = tmp_path / "C", all_of([1, 2], 1), state(*jobs), itertools.count(1)
+
+    def keep():
+        kept = tmp_path / "kept" / str(next(numbers))
+        shutil.copytree(into, kept) if into.exists() else kept.mkdir(parents=True)
+
+    assert join(jobs, into, keep) == 0
     assert_is(into, items)
+    left = list((tmp_path / "kept").iterdir())
+    assert len(left) > 15
+    whole = {name_of(*item): data for item, data in images_of(items).items()}
+    for folder in left:
+        images = {name: data for name, data in files_in(folder).items() if "/generated_" in name}
+        assert images.items() <= whole.items()
+        if (folder / "run.json").exists():
+            assert read_status(folder).state in {"killed", "complete"}
+        merge_into(jobs, folder)
+        assert_is(folder, items)
+        assert read_status(folder).state == "complete"
     assert state(*jobs) == before
 
 
-def test_killed_again_and_again_one_change_further_each_time(jobs, tmp_path):
-    number = 0
-    while not join_and_die(jobs, tmp_path / "C", number):
-        number += 1
+def test_killed_again_and_again_some_changes_further_each_time(jobs, tmp_path):
+    for number in itertools.count(0, 3):
+        left = iter(range(number))
+        if join(jobs, tmp_path / "C", lambda left=left: next(left, None) is None and os._exit(9)) == 0:
+            break
+    assert number > 15
     assert_is(tmp_path / "C", all_of([1, 2]))
