@@ -53,8 +53,8 @@ def test_parts_are_named_by_process_and_found_in_order_and_nothing_else_is(tmp_p
 
 
 def test_new_names_are_new_and_known_again(tmp_path):
-    temporaries = [layout.temporary_path(tmp_path / "run.json") for _ in range(20)]
-    assert len(set(temporaries)) == 20
+    temporaries = {layout.temporary_path(tmp_path / "run.json") for _ in range(20)}
+    assert len(temporaries) == 20
     assert all(path.parent == tmp_path and layout.is_temporary(path.name) for path in temporaries)
     for name in (
         ".hidden",
