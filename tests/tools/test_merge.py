@@ -154,7 +154,9 @@ def test_later_only_what_is_new_is_put_and_every_run_stands_once_in_the_history(
 def test_into_a_jobs_own_folder_which_keeps_what_it_has(jobs, tmp_path):
     into = dataset(tmp_path / "C", all_of([3]), "3", numerics={**NUMERICS, "batch_size": 9})
     kept = state(into)
-    assert merge_into(jobs, into).num_linked == 6
+    joined = merge_into(jobs, into)
+    assert joined.num_linked == 6
+    assert joined.numerics == [f"batch_size is 9 in {into}, 4 in {jobs[0]} and 1 more"]
     assert_is(into, all_of([1, 2, 3]))
     assert {path: seen for path, seen in state(into).items() if path.parent.name == "user_03"}.items() <= kept.items()
     assert json.loads((into / "run.json").read_text())["numerics"]["batch_size"] == 9
@@ -248,24 +250,15 @@ def test_two_contents_of_one_image_are_refused(jobs, tmp_path, capsys):
     assert said.startswith(f"{tmp_path / 'C' / name_of(1, 1)} and {other / name_of(1, 1)} differ")
 
 
-def test_other_numerics_are_warned_of_and_the_first_ones_kept(jobs, tmp_path):
-    other = dataset(tmp_path / "other", [(3, 0)], "3", numerics={**NUMERICS, "batch_size": 8})
-    numerics = merge_into([*jobs, other], tmp_path / "C").numerics
-    assert numerics == [f"batch_size is 4 in {jobs[0]} and 1 more, 8 in {other}"]
-    assert json.loads((tmp_path / "C" / "run.json").read_text())["numerics"] == NUMERICS
-
-
 @pytest.mark.parametrize("held", ["job_2", "C"])
 def test_a_folder_in_use_is_refused(jobs, tmp_path, held, monkeypatch):
     monkeypatch.setattr("userdiff.dataset.locks.LOCK_SECONDS", 0)
-    dataset(tmp_path / "C", [(3, 0)], "3")
-    with (
-        folder_lock(tmp_path / held),
-        pytest.raises(ValueError, match=rf"{held} is in use by another job \(process {os.getpid()} "),
-    ):
-        merge_into(jobs, tmp_path / "C")
-    assert [path.name for path in (tmp_path / "C").glob("user_*")] == ["user_03"]
-    merge_into(jobs, tmp_path / "C")
+    into = dataset(tmp_path / "C", [(3, 0)], "3")
+    what = rf"{held} is in use by another job \(process {os.getpid()} "
+    with folder_lock(tmp_path / held), pytest.raises(ValueError, match=what):
+        merge_into(jobs, into)
+    assert [path.name for path in into.glob("user_*")] == ["user_03"]
+    merge_into(jobs, into)
 
 
 @pytest.mark.parametrize(
