@@ -81,6 +81,7 @@ MANGLING = st.lists(
 @example(rows=ROWS, damage=[(0, 500, b"\xff\xfe\x00")])
 @example(rows=ROWS, damage=[(100, 0, b"9" * 5000)])
 @example(rows=ROWS, damage=[(200, 500, b"")])
+@example(rows=ROWS, damage=[(len(csv_of(*ROWS)) - 1, 1, b"")])
 def test_of_a_mangled_or_truncated_manifest_all_whole_lines_are_read_and_no_others(scratch, rows, damage):
     content = csv_of(*rows).encode()
     for start, length, other in damage:

@@ -122,7 +122,7 @@ TEXTS += [{key: value for key, value in chunks_of(4, 2).items() if key != missin
 CHANGED_PIXEL = WHOLE[:AT] + bytes([WHOLE[AT] ^ 1]) + WHOLE[AT + 1 :]
 
 
-@pytest.mark.parametrize("data", [*map(png_of, TEXTS), WHOLE[:-1], WHOLE[:-20], CHANGED_PIXEL])
+@pytest.mark.parametrize("data", [*map(png_of, [chunks_of(4, 3), *TEXTS]), WHOLE[:-1], WHOLE[:-20], CHANGED_PIXEL])
 def test_an_image_that_is_not_whole_or_not_what_its_name_says_is_not_adopted(tmp_path, data):
     put(tmp_path, 4, 2, data)
     assert finished(tmp_path) == []

@@ -23,7 +23,6 @@ from PIL import Image
 from tests.browser import CHROMEDRIVER, CHROMIUM, browse
 from tests.checkpoints import model_flags
 from tests.definitions import (
-    HEADER,
     IDENTITY,
     csv_of,
     entry_of,
@@ -278,17 +277,20 @@ def test_a_dataset_without_images_or_a_name_has_a_page():
     assert (page.users(), page.texts("h1"), page.texts("p.summary")) == ({}, ["dataset"], ["0 images of 0 users"])
 
 
-def test_a_manifest_that_was_edited_opens_nothing_else_and_links_nowhere(tmp_path):
-    folder = make_dataset(tmp_path / "out", 2, 1)
-    secret = tmp_path / "secret.png"
+def test_an_edited_manifest_opens_nothing_else_and_links_nowhere_and_may_have_rows_twice_and_unsorted(tmp_path):
+    folder, secret = make_dataset(tmp_path / "out"), tmp_path / "secret.png"
     secret.write_bytes(png_of({}))
     names = ["../secret.png", str(secret), "javascript:alert(1)", "user_01/../../secret.png"]
     names += ["user_01/generated_000.png?x", "user_02/generated_000.png", "<script>alert(1)</script>"]
-    row, good = (fields_of(user_id, 0, b"") for user_id in (1, 2))
-    (folder / "manifest.csv").write_text(csv_of(*((name, *row[1:]) for name in names), good))
+    rows = [fields_of(user_id, image_index, b"") for user_id in (1, 2) for image_index in range(3)]
+    edited = [(name, *rows[0][1:]) for name in names]
+    (folder / "manifest.csv").write_text(csv_of(*rows[3:], *edited, *rows, rows[0]))
     page = Page(remade(folder))
-    assert [image["href"] for image in page.images] == ["user_02/generated_000.png"]
+    assert [image["href"] for image in page.images] == [row[0] for row in rows]
+    assert page.users() == {"User 1": shown(1, range(3)), "User 2": shown(2, range(3))}
     assert len(page.texts("script")) == 1
+    ids = [element.attributes["id"] for element in page.elements if "id" in element.attributes]
+    assert len(ids) == len(set(ids))
 
 
 @pytest.mark.parametrize(
@@ -301,16 +303,6 @@ def test_a_folder_may_have_any_name(name, tmp_path):
     assert page.texts("h1") == [said]
     assert page.texts("title") == [f"{said}: 1 image of 1 user, 32 x 32 pixels"]
     assert (len(page.texts("script")), len(page.users()), page.texts("b")) == (1, 1, [])
-
-
-def test_a_damaged_manifest_may_have_rows_twice_and_out_of_order(tmp_path):
-    labels = make_dataset(tmp_path) / "manifest.csv"
-    rows = labels.read_text().splitlines(keepends=True)[1:]
-    labels.write_text("".join([HEADER, "\n", *rows[3:], *rows, rows[0]]))
-    page = Page(remade(tmp_path))
-    assert page.users() == {"User 1": shown(1, range(3)), "User 2": shown(2, range(3))}
-    ids = [element.attributes["id"] for element in page.elements if "id" in element.attributes]
-    assert len(ids) == len(set(ids))
 
 
 # What it says of the run
@@ -516,6 +508,7 @@ def test_a_browser_shows_it_without_a_complaint_or_a_request(browser, url):
         ("3", [3], "1 of 13 users on this page"),
         ("1 5 10-15", [1, 5, 10, 11, 12], "5 of 13 users on this page"),
         (" 2,4 ", [2, 4], "2 of 13 users on this page"),
+        ("999999999999999999", ALL_USERS[-1:], "1 of 13 users on this page"),
         ("999999999999999998", [], "0 of 13 users on this page"),  # the same number to JavaScript as the last id
         ("5-", ALL_USERS, "ids and ranges, like 1 5 10-15"),
         ("", ALL_USERS, "13 of 13 users on this page"),
