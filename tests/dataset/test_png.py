@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from userdiff.dataset.png import decode_png, encode_png, is_flat, is_remains, png_size, read_text_chunks
 
 
-def noise(height, width, channels, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+def noise(height, width, channels, seed=0, levels=256):
+    return np.random.default_rng(seed).integers(0, levels, (height, width, channels), dtype=np.uint8)
 
 
 @given(
-    pixels=arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 3, 4]))),
+    pixels=st.builds(
+        noise, st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 3, 4]), st.integers(0), st.integers(1, 256)
+    ),
     text=st.dictionaries(
         st.from_regex(r"[a-z_]{1,20}", fullmatch=True), st.text(st.characters(codec="utf-8", exclude_characters="\0"))
     ),

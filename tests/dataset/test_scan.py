@@ -154,17 +154,18 @@ def test_a_manifest_of_another_hash_than_published_is_not_trusted(tmp_path):
 
 
 def test_lost_and_foreign_images_are_named(tmp_path):
-    kept, gone, zeros = (put(tmp_path, 4, index) for index in range(3))
+    kept, gone, zeros, replaced = (put(tmp_path, 4, index) for index in range(4))
     (tmp_path / gone.file_name).unlink()
     (tmp_path / zeros.file_name).write_bytes(b"")
-    record(tmp_path / "manifest.csv", kept, gone, zeros, put(tmp_path, 5, 0)._replace(seed=1))
+    (tmp_path / replaced.file_name).write_bytes(b"\xff\xd8\xff a photo")
+    record(tmp_path / "manifest.csv", kept, gone, zeros, replaced, put(tmp_path, 5, 0)._replace(seed=1))
     put(tmp_path, 4, 7, b"\xff\xd8\xff a photo")
     put(tmp_path, 4, 8, png_of(chunks_of(4, 8, run="ab" * 32)))
     put(tmp_path, 4, 9, png_of(chunks_of(4, 9))[:30])  # what is left of a job's
     (tmp_path / "user_04" / "notes.txt").touch()
     found = find_finished(tmp_path, RECIPE)
     assert [row.file_name for row in found.rows] == [kept.file_name, "user_05/generated_000.png"]
-    assert found.lost == [(4, 1), (4, 2)]
+    assert found.lost == [(4, 1), (4, 2), (4, 3)]
     assert found.foreign_images == [(4, 7), (4, 8)]
     assert found.foreign_files == ["user_04/notes.txt"]
 

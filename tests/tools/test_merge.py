@@ -151,12 +151,13 @@ def test_later_only_what_is_new_is_put_and_every_run_stands_once_in_the_history(
     assert read_status(into).state == "complete"
 
 
-def test_into_a_jobs_own_folder_which_keeps_what_it_has(jobs, tmp_path):
+def test_into_a_jobs_own_folder_which_keeps_what_it_has(jobs, tmp_path, capsys):
     into = dataset(tmp_path / "C", all_of([3]), "3", numerics={**NUMERICS, "batch_size": 9})
     kept = state(into)
-    joined = merge_into(jobs, into)
-    assert joined.num_linked == 6
-    assert joined.numerics == [f"batch_size is 9 in {into}, 4 in {jobs[0]} and 1 more"]
+    assert merge(*jobs, "--into", into) == 0
+    said = capsys.readouterr()
+    assert "6 linked" in said.out
+    assert f"Warning: batch_size is 9 in {into}, 4 in {jobs[0]} and 1 more; " in said.err
     assert_is(into, all_of([1, 2, 3]))
     assert {path: seen for path, seen in state(into).items() if path.parent.name == "user_03"}.items() <= kept.items()
     assert json.loads((into / "run.json").read_text())["numerics"]["batch_size"] == 9
