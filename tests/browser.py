@@ -1,6 +1,5 @@
 """A real browser, over the WebDriver protocol as chromedriver speaks it: https://www.w3.org/TR/webdriver2/."""
 
-import base64
 import http.client
 import json
 import re
@@ -84,9 +83,6 @@ class Browser:
 
     def devtools(self, command: str, **params: object) -> Any:
         return self._ask("POST", "/goog/cdp/execute", cmd=command, params=params)
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self._ask("GET", "/screenshot")))
 
     def console(self) -> list[str]:
         """What the console was told since this was last asked for."""

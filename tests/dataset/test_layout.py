@@ -44,17 +44,18 @@ def test_foreign_names_are_no_images(name):
 
 
 def test_parts_are_named_by_process_and_found_in_order_and_nothing_else_is(tmp_path):
-    for index in (10, 2, 99999):
+    indices = [*range(100, 0, -1), 99999]
+    for index in indices:
         layout.part_path(tmp_path, index).touch()
     for name in ("manifest.csv", "manifest.part-00003.csv.bak", "manifest.part-backup.csv", "manifest.part-0.csv"):
         (tmp_path / name).touch()
     names = [path.name for path in layout.part_paths(tmp_path)]
-    assert names == ["manifest.part-00002.csv", "manifest.part-00010.csv", "manifest.part-99999.csv"]
+    assert names == [f"manifest.part-{index:05d}.csv" for index in sorted(indices)]
 
 
 def test_new_names_are_new_and_known_again(tmp_path):
-    temporaries = [layout.temporary_path(tmp_path / "run.json") for _ in range(20)]
-    assert len(set(temporaries)) == 20
+    temporaries = {layout.temporary_path(tmp_path / "run.json") for _ in range(20)}
+    assert len(temporaries) == 20
     assert all(path.parent == tmp_path and layout.is_temporary(path.name) for path in temporaries)
     for name in (
         ".hidden",

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.jobs import ROOT
+from userdiff.dataset import locks
 from userdiff.dataset.layout import LOCK_NAME
 from userdiff.dataset.locks import folder_lock, lock_holder, made_folder, wait_for_writers, writing
 
@@ -24,6 +25,11 @@ with folder_lock(Path(sys.argv[1])):
 """
 
 
+@pytest.fixture(autouse=True)
+def _no_patience(monkeypatch):
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.1)
+
+
 @contextmanager
 def held_by_another_process(folder):
     command = [sys.executable, "-c", HOLDER, str(folder)]
@@ -35,32 +41,25 @@ def held_by_another_process(folder):
             holder.kill()
 
 
-def take(folder):
-    with folder_lock(folder):
+def assert_refused(folder, what):
+    with pytest.raises(ValueError, match=what), folder_lock(folder):
         pass
 
 
-def test_a_second_job_is_refused_by_the_name_of_the_first(tmp_path):
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_second_job_is_refused_by_the_name_of_the_first_until_that_has_gone(tmp_path, is_killed):
     with held_by_another_process(tmp_path) as holder:
         who = f"process {holder.pid} on {socket.gethostname()}"
         for _ in range(2):  # a refusal does not wipe out who the holder is
-            with pytest.raises(ValueError, match="in use") as raised:
-                take(tmp_path)
-            assert who in str(raised.value)
+            assert_refused(tmp_path, rf"in use .*\({who}\)")
             assert lock_holder(tmp_path) == who
-        holder.communicate("go on\n")
-        assert holder.returncode == 0
-    assert list(tmp_path.iterdir()) == []
-    assert lock_holder(tmp_path) is None
-
-
-def test_a_killed_job_leaves_no_lock_behind(tmp_path):
-    with held_by_another_process(tmp_path) as holder:
-        holder.kill()
-        holder.wait()
+        if is_killed:
+            holder.kill()
+        holder.communicate("" if is_killed else "go on\n")
+        assert (tmp_path / LOCK_NAME).exists() == is_killed
         assert lock_holder(tmp_path) is None
-        with folder_lock(tmp_path), pytest.raises(ValueError, match=f"process {os.getpid()} on"):
-            take(tmp_path)
+        with folder_lock(tmp_path):
+            assert_refused(tmp_path, rf"\(process {os.getpid()} on")  # and of no holder before
     assert list(tmp_path.iterdir()) == []
 
 
@@ -70,7 +69,8 @@ def test_a_job_that_fails_gives_the_folder_back_and_only_its_own(tmp_path):
     with pytest.raises(KeyError), folder_lock(tmp_path), folder_lock(other):
         raise KeyError
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
-    take(tmp_path)
+    with folder_lock(tmp_path):
+        pass
 
 
 def test_a_lock_whose_file_was_removed_by_its_holder_is_taken_on_the_new_file(tmp_path, monkeypatch):
@@ -87,8 +87,7 @@ def test_a_lock_whose_file_was_removed_by_its_holder_is_taken_on_the_new_file(tm
     monkeypatch.setattr(fcntl, "flock", flock_after_removal)
     with folder_lock(tmp_path):
         assert path.exists()
-        with pytest.raises(ValueError, match="in use"):
-            take(tmp_path)
+        assert_refused(tmp_path, "in use")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
@@ -97,13 +96,11 @@ def test_a_file_system_without_locks_is_named_with_what_helps(tmp_path, monkeypa
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(ValueError, match=f"keeps no locks.*{os.strerror(number)}.*a folder on another one"):
-        take(tmp_path)
+    assert_refused(tmp_path, f"keeps no locks.*{os.strerror(number)}.*a folder on another one")
     assert list(tmp_path.iterdir()) == []
     held = tmp_path / LOCK_NAME  # by a machine that has locks there
     held.touch()
-    with pytest.raises(ValueError, match="keeps no locks"):
-        take(tmp_path)
+    assert_refused(tmp_path, "keeps no locks")
     assert held.exists()
 
 
@@ -130,24 +127,24 @@ def test_locks_work_as_on_nfs(tmp_path, monkeypatch):
 
 def test_a_process_that_may_still_write_is_waited_for_and_then_refused(tmp_path):
     with writing(tmp_path), writing(tmp_path), pytest.raises(ValueError, match="a process of an earlier job still has"):
-        wait_for_writers(tmp_path, seconds=0.2)
+        wait_for_writers(tmp_path, seconds=0.1)
     wait_for_writers(tmp_path, seconds=0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_writer_that_goes_is_waited_for(tmp_path):
-    gate = threading.Event()
+    held, gone = threading.Event(), threading.Event()
 
     def write():
         with writing(tmp_path):
-            gate.wait(60)
+            held.set()
+            gone.wait(60)
 
     writer = threading.Thread(target=write)
     writer.start()
-    while not list(tmp_path.iterdir()):
-        pass
-    threading.Timer(0.3, gate.set).start()
-    wait_for_writers(tmp_path, seconds=60)
+    assert held.wait(60)
+    wait_for_writers(tmp_path, seconds=60, on_poll=gone.set)
+    assert gone.is_set()
     writer.join(60)
 
 

@@ -3,24 +3,11 @@ from dataclasses import replace
 
 import pytest
 
-from tests.test_identity import hash_by_definition
+from tests.definitions import IDENTITY, NUMERICS, entry_of, record_of, run_of
 from userdiff.dataset.run_record import RunEntry, RunRecord, changed_numerics
 from userdiff.shutdown import Failed, Stopped
 
-IDENTITY = {"seed": 42, "vae": {"weights": "ab12", "config": {"scaling_factor": 0.7}}, "user_index": {"1": 0, "3": 1}}
-NUMERICS = {"batch_size": 16, "device": "x86_64"}
-ENTRY = {
-    "started": "2026-11-23T11:06:00+00:00",
-    "ended": "2026-11-23T11:07:30+00:00",
-    "state": "ended",
-    "cause": None,
-    "num_processes": 2,
-    "user_ids": "1-3 7",
-    "num_images_per_user": 5,
-    "numerics": NUMERICS,
-    "published": 18,
-    "failed": [[3, 4], [7, 0]],
-}
+ENTRY = entry_of("1-3 7", 5, published=18, failed=[[3, 4], [7, 0]])
 RUNNING = {**ENTRY, "state": "running", "ended": None, "failed": []}
 
 
@@ -29,14 +16,7 @@ def example_record():
 
 
 def example_json(**changes):
-    content = {
-        "run": hash_by_definition(IDENTITY),
-        "identity": IDENTITY,
-        "numerics": NUMERICS,
-        "history": [ENTRY, RUNNING],
-        "manifest_sha256": None,
-        **changes,
-    }
+    content = {**record_of(ENTRY, RUNNING), **changes}
     return json.dumps({name: value for name, value in content.items() if value is not ...}).encode()
 
 
@@ -45,7 +25,7 @@ def test_a_record_says_what_it_is_and_reads_back(tmp_path):
     assert (tmp_path / "run.json").read_bytes() == json.dumps(json.loads(example_json()), indent=2).encode() + b"\n"
     assert RunRecord.read(tmp_path) == example_record()
     assert RunRecord.read(tmp_path / "missing") is None
-    assert replace(example_record(), numerics={"batch_size": 5}, history=[]).run == hash_by_definition(IDENTITY)
+    assert replace(example_record(), numerics={"batch_size": 5}, history=[]).run == run_of(IDENTITY)
 
 
 def test_an_entry_knows_what_was_asked_for_and_how_long_it_took():
@@ -81,9 +61,9 @@ DAMAGED = {
     "no batch size": example_json(numerics={}),
     "a batch of none": example_json(numerics={**NUMERICS, "batch_size": 0}),
     "a batch of too many": example_json(numerics={**NUMERICS, "batch_size": 10**5}),
-    "a batch that is true": example_json(numerics={**NUMERICS, "batch_size": "16"}),
+    "a batch that is true": example_json(numerics={**NUMERICS, "batch_size": True}),
     "history of another kind": example_json(history={}),
-    "identity of another kind": example_json(identity=[], run=hash_by_definition([])),
+    "identity of another kind": example_json(identity=[], run=run_of([])),
     "entries that are no objects": example_json(history=[17, None]),
     "an entry without its users": with_entry(user_ids=...),
     "an entry with odd users": with_entry(user_ids="one"),
@@ -99,29 +79,22 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_record_is_refused_and_left_as_it_is(tmp_path, content):
-    path = tmp_path / "run.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"is damaged; .*--overwrite"):
-        RunRecord.read(tmp_path)
-    assert path.read_bytes() == content
-
-
 EDITED = {
     "another seed": example_json(identity={**IDENTITY, "seed": 43}),
     "an option more": example_json(identity={**IDENTITY, "eta": 0.5}),
-    "users swapped": example_json(identity={**IDENTITY, "user_index": {"1": 1, "3": 0}}),
+    "users swapped": example_json(identity={**IDENTITY, "user_index": {"1": 1, "2": 0}}),
     "another hash": example_json(run=64 * "0"),
     "no hash": example_json(run=...),
 }
 
 
-@pytest.mark.parametrize("content", EDITED.values(), ids=EDITED)
-def test_an_edited_record_is_refused(tmp_path, content):
-    (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"was edited, .*--overwrite"):
+@pytest.mark.parametrize("name", [*DAMAGED, *EDITED])
+def test_a_damaged_or_edited_record_is_refused_and_left_as_it_is(tmp_path, name):
+    content, path = {**DAMAGED, **EDITED}[name], tmp_path / "run.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{'is damaged' if name in DAMAGED else 'was edited'}.*--overwrite"):
         RunRecord.read(tmp_path)
+    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize(

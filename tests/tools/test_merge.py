@@ -1,7 +1,7 @@
 """`userdiff merge --into`: the datasets of independent jobs, joined in one folder."""
 
 import errno
-import hashlib
+import itertools
 import json
 import os
 import re
@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,80 +16,35 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoints import model_flags
-from tests.definitions import chunks_of, csv_of, fields_of, name_of, png_of
+from tests.definitions import (
+    IDENTITY,
+    NUMERICS,
+    RUN,
+    entry_of,
+    files_in,
+    image_of,
+    images_of,
+    interrupt,
+    manifest_of,
+    name_of,
+    record_of,
+    write_dataset,
+)
 from tests.job.test_output_folder import mounted
-from tests.jobs import ROOT, run_job, tree
+from tests.jobs import run_job, tree
 from userdiff.cli import main
 from userdiff.dataset.locks import folder_lock
 from userdiff.tools.merge import merge_into
 from userdiff.tools.status import read_status
 from userdiff.tools.verify import verify
 
-IDENTITY = {
-    "seed": 42,
-    "num_inference_steps": 20,
-    "vae": {"weights": "ef" * 32, "config": {}},
-    "unet": {"weights": "ab" * 32},
-    "condition_encoder": "01" * 32,
-    "noise_schedule": {},
-    "user_index": {"1": 0, "2": 1},
-}
-NUMERICS = {"batch_size": 4, "device": "x86_64"}
-
-
-# Datasets by the contract's definition, without the code under test
-
-
-def run_of(identity):
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-RUN = run_of(IDENTITY)
-
-
-@cache
-def png(user_id, image_index, run=RUN, colour="navy"):
-    return png_of(chunks_of(user_id, image_index, run=run), colour=colour)
-
-
-def manifest_of(contents):
-    """The CSV of {(user_id, image_index): file content}."""
-    return csv_of(*(fields_of(*item, data) for item, data in sorted(contents.items())))
-
-
-def entry_of(user_ids, number, **changes):
-    said = {"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:01:00+00:00", "state": "ended"}
-    asked = {"user_ids": user_ids, "num_images_per_user": number, "numerics": NUMERICS, "published": 1, "failed": []}
-    return {**said, "cause": None, "num_processes": 2, **asked, **changes}
-
 
 def dataset(folder, contents, user_ids="1-2", number=3, *, identity=IDENTITY, numerics=NUMERICS, **entry):
     """What a job leaves that ended; `contents` is {(user_id, image_index): file content}, or items to draw."""
-    if not isinstance(contents, dict):
-        contents = {item: png(*item, run_of(identity)) for item in contents}
-    folder.mkdir(parents=True, exist_ok=True)
-    for item, data in contents.items():
-        (folder / name_of(*item)).parent.mkdir(exist_ok=True)
-        if not (folder / name_of(*item)).exists():  # a job makes no image twice
-            (folder / name_of(*item)).write_bytes(data)
-    csv = manifest_of(contents)
-    (folder / "manifest.csv").write_text(csv)
-    record = {"run": run_of(identity), "identity": identity, "numerics": numerics}
-    record["history"] = [entry_of(user_ids, number, **entry)]
-    record["manifest_sha256"] = hashlib.sha256(csv.encode()).hexdigest()
-    (folder / "run.json").write_text(json.dumps(record))
-    (folder / "preview.html").write_text("a page")
+    images = contents if isinstance(contents, dict) else images_of(contents)
+    record = record_of(entry_of(user_ids, number, **entry), identity=identity, numerics=numerics)
+    (write_dataset(folder, images, record) / "preview.html").write_text("a page")
     return folder
-
-
-def interrupt(folder):
-    """Make of a dataset what a killed job leaves: rows in a part, and nobody to say how it ended."""
-    (folder / "manifest.csv").rename(folder / "manifest.part-00000.csv")
-    (folder / "manifest.csv").write_text(csv_of())
-    record = json.loads((folder / "run.json").read_text())
-    record["manifest_sha256"] = hashlib.sha256(csv_of().encode()).hexdigest()
-    record["history"][-1] |= {"state": "running", "ended": None}
-    (folder / "run.json").write_text(json.dumps(record))
 
 
 def all_of(user_ids, number=3):
@@ -108,18 +62,14 @@ def state(*folders):
     return {**files, **dict.fromkeys(path for path in paths if path.is_dir())}
 
 
-def assert_is(folder, contents):
+def assert_is(folder, items):
     """Exactly these images, the manifest that says so, and no other file or folder."""
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    contents, found = images_of(items), files_in(folder)
     records = {name: found.pop(name) for name in ("manifest.csv", "run.json", "preview.html")}
     assert found == {name_of(*item): data for item, data in contents.items()}
     assert records["manifest.csv"].decode() == manifest_of(contents)
     assert f"{len(contents)} image".encode() in records["preview.html"]
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {f"user_{item[0]:02d}" for item in contents}
-
-
-def drawn(items):
-    return {item: png(*item) for item in items}
 
 
 def merge(*arguments):
@@ -130,9 +80,7 @@ def merge(*arguments):
 def jobs(tmp_path):
     """Two finished jobs, of one user each."""
     return [
-        dataset(
-            tmp_path / f"job_{user_id}", all_of([user_id]), str(user_id), started=f"2026-01-0{user_id}T00:00:00+00:00"
-        )
+        dataset(tmp_path / f"job_{user_id}", all_of([user_id]), str(user_id), started=f"2026-01-0{user_id}T00:00+00:00")
         for user_id in (1, 2)
     ]
 
@@ -174,7 +122,7 @@ def test_joined_are_all_images_whatever_the_order_and_however_often(held, order,
     order.shuffle(sources)
     for into in ("C", "C", "another"):
         merge_into(sources, folder / into)
-        assert_is(folder / into, drawn(set().union(*held)))
+        assert_is(folder / into, set().union(*held))
         order.shuffle(sources)
     assert state(*sources) == before
 
@@ -187,14 +135,13 @@ def test_later_only_what_is_new_is_put_and_every_run_stands_once_in_the_history(
     assert (read_status(into).state, read_status(into).done) == ("incomplete", {1: 3, 2: 3, 3: 2})
     old = state(into)
     (before,) = history(jobs[2])
-    dataset(jobs[2], all_of([3]), "3")
     (jobs[2] / "manifest.part-00000.csv").unlink()
-    record = json.loads((jobs[2] / "run.json").read_text())
-    record["history"] = [before, entry_of("3", 3, started="2026-02-01T00:00:00+00:00")]
-    (jobs[2] / "run.json").write_text(json.dumps(record))
+    write_dataset(
+        jobs[2], images_of(all_of([3])), record_of(before, entry_of("3", 3, started="2026-02-01T00:00+00:00"))
+    )
     joined = merge_into([jobs[2]], into)  # the others may be gone by now
     assert (joined.num_images, joined.num_linked, joined.num_copied, joined.num_missing) == (9, 1, 0, 0)
-    assert_is(into, drawn(all_of([1, 2, 3])))
+    assert_is(into, all_of([1, 2, 3]))
     assert all(state(into)[path] == seen for path, seen in old.items() if path.suffix == ".png")
     runs = [entry for entry in history(into) if "joined" not in entry]
     assert runs == [before, *(history(job)[0] for job in jobs[:2]), history(jobs[2])[1]]  # oldest first
@@ -204,24 +151,24 @@ def test_later_only_what_is_new_is_put_and_every_run_stands_once_in_the_history(
     assert read_status(into).state == "complete"
 
 
-def test_into_a_jobs_own_folder_which_keeps_what_it_has(jobs, tmp_path):
+def test_into_a_jobs_own_folder_which_keeps_what_it_has(jobs, tmp_path, capsys):
     into = dataset(tmp_path / "C", all_of([3]), "3", numerics={**NUMERICS, "batch_size": 9})
     kept = state(into)
-    assert merge_into(jobs, into).num_linked == 6
-    assert_is(into, drawn(all_of([1, 2, 3])))
+    assert merge(*jobs, "--into", into) == 0
+    said = capsys.readouterr()
+    assert "6 linked" in said.out
+    assert f"Warning: batch_size is 9 in {into}, 4 in {jobs[0]} and 1 more; " in said.err
+    assert_is(into, all_of([1, 2, 3]))
     assert {path: seen for path, seen in state(into).items() if path.parent.name == "user_03"}.items() <= kept.items()
     assert json.loads((into / "run.json").read_text())["numerics"]["batch_size"] == 9
     assert read_status(into).wanted == {1: 3, 2: 3, 3: 3}
 
 
-def test_the_largest_number_asked_for_is_what_is_wanted_and_failures_that_nobody_made_up_for_stay(tmp_path, capsys):
+def test_the_largest_number_asked_for_is_what_is_wanted_and_failures_that_nobody_made_up_for_stay(tmp_path):
     one = dataset(tmp_path / "one", all_of([1], 1), "1", 2, failed=[[1, 1]])
     two = dataset(tmp_path / "two", [*all_of([2], 4)], "2", 4, failed=[])
     three = dataset(tmp_path / "three", [(3, 0), (3, 9)], "3", 1, failed=[[2, 3], [3, 0]])  # which others have
-    assert merge(one, two, three, "--into", tmp_path / "C") == 0
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        f"6 of those asked for are not there: `userdiff status {tmp_path / 'C'}` says whose"
-    ]
+    assert merge_into([one, two, three], tmp_path / "C").num_missing == 6
     status = read_status(tmp_path / "C")
     assert (status.wanted, status.done, status.failed) == ({1: 4, 2: 4, 3: 4}, {1: 1, 2: 4, 3: 1}, {1: 1})
     assert history(tmp_path / "C")[-1]["failed"] == [[1, 1]]
@@ -233,9 +180,9 @@ def test_the_largest_number_asked_for_is_what_is_wanted_and_failures_that_nobody
 def test_what_is_not_proven_stays_out_and_is_said(jobs, tmp_path, capsys):
     interrupt(jobs[0])
     (jobs[0] / name_of(1, 0)).write_bytes(b"")  # emptied by a power cut
-    (jobs[0] / name_of(1, 5)).write_bytes(png(1, 5))  # its row was lost, and it explains itself
-    (jobs[0] / name_of(1, 6)).write_bytes(png(1, 6, run="5d" * 32))  # a stranger's
-    (jobs[0] / name_of(1, 7)).write_bytes(png(1, 7)[:-9])
+    (jobs[0] / name_of(1, 5)).write_bytes(image_of(1, 5))  # its row was lost, and it explains itself
+    (jobs[0] / name_of(1, 6)).write_bytes(image_of(1, 6, run=RUN))  # a stranger's
+    (jobs[0] / name_of(1, 7)).write_bytes(image_of(1, 7)[:-9])
     (jobs[1] / name_of(2, 1)).unlink()
     dataset(tmp_path / "job_3", [(2, 1)], "2")  # which has that one
     before = state(*jobs)
@@ -243,7 +190,7 @@ def test_what_is_not_proven_stays_out_and_is_said(jobs, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == (
         f"{jobs[0]}: 2 images missing, damaged or of another run: {name_of(1, 0)}, {name_of(1, 6)}"
     )
-    assert_is(tmp_path / "C", drawn([(1, 1), (1, 2), (1, 5), *all_of([2])]))
+    assert_is(tmp_path / "C", [(1, 1), (1, 2), (1, 5), *all_of([2])])
     assert state(*jobs) == before
 
 
@@ -257,7 +204,7 @@ def test_what_the_joined_folder_lacks_or_has_damaged_is_put_again(jobs, tmp_path
     before = state(*jobs)
     joined = merge_into(jobs, into)
     assert (joined.num_linked, joined.num_copied, joined.left_out) == (1, 1, {})
-    assert_is(into, drawn(all_of([1, 2])))
+    assert_is(into, all_of([1, 2]))
     assert state(*jobs) == before
 
 
@@ -277,81 +224,59 @@ def refusal(capsys, *arguments):
 
 
 def test_another_identity_is_refused_naming_the_fields(jobs, tmp_path, capsys):
-    other = {**IDENTITY, "seed": 43, "eta": 0.5, "unet": {"weights": "cd" * 32}}
-    dataset(tmp_path / "other", [], identity=other)
-    said = refusal(capsys, *jobs, tmp_path / "other", "--into", tmp_path / "new" / "C")
-    one, two = jobs[0], tmp_path / "other"
+    users = {str(user_id): user_id + 1 for user_id in range(3, 60)}
+    other = {**IDENTITY, "seed": 43, "eta": 0.5, "unet": {"weights": "cd" * 32, "config": {}}, "user_index": users}
+    two = dataset(tmp_path / "{other}", [], identity=other)
+    said = refusal(capsys, *jobs, two, "--into", tmp_path / "new" / "C")
+    one = jobs[0]
     assert said.startswith(
         f"{two} holds images made otherwise than those of {one} (eta is 0.0 in {one}, 0.5 in {two}; seed is 42 in "
-        f"{one}, 43 in {two}; unet.weights is abababababab... in {one}, cdcdcdcdcdcd... in {two}); "
+        f"{one}, 43 in {two}; unet.weights is b2b2b2b2b2b2... in {one}, cdcdcdcdcdcd... in {two}; user_index."
     )
-    into = dataset(tmp_path / "C", [(7, 0)], identity=other)
-    assert f"{jobs[0]} holds images made otherwise than those of {into}" in refusal(capsys, *jobs, "--into", into)
-
-
-def test_many_other_users_are_named_in_part(jobs, tmp_path, capsys):
-    other = {**IDENTITY, "user_index": {str(user_id): user_id + 1 for user_id in range(3, 60)}}
-    dataset(tmp_path / "other", [], identity=other)
-    said = refusal(capsys, *jobs, tmp_path / "other", "--into", tmp_path / "C")
-    assert said.count("user_index.") == 3
     assert re.search(r"; and \d+ more of user_index\); ", said)
+    into = dataset(tmp_path / "C", [(7, 0)], identity=other)
+    assert f"{one} holds images made otherwise than those of {into}" in refusal(capsys, *jobs, "--into", into)
 
 
 def test_two_contents_of_one_image_are_refused(jobs, tmp_path, capsys):
-    other = {(1, 1): png(1, 1, colour="red"), (1, 2): png(1, 2, colour="red"), (4, 0): png(4, 0)}
-    dataset(tmp_path / "other", other, "1", numerics={**NUMERICS, "batch_size": 8})
-    said = refusal(capsys, *jobs, tmp_path / "other", "--into", tmp_path / "C")
+    images = {(1, 1): image_of(1, 1, "red"), (1, 2): image_of(1, 2, "red"), (4, 0): image_of(4, 0)}
+    other = dataset(tmp_path / "other", images, "1", numerics={**NUMERICS, "batch_size": 8})
+    said = refusal(capsys, *jobs, other, "--into", tmp_path / "C")
     assert said == (
-        f"{jobs[0] / name_of(1, 1)} and {tmp_path / 'other' / name_of(1, 1)} differ, and so do 1 more that several "
-        f"folders hold (batch_size is 4 in {jobs[0]} and 1 more, 8 in {tmp_path / 'other'}); join without one of the two "
-        "folders"
+        f"{jobs[0] / name_of(1, 1)} and {other / name_of(1, 1)} differ, and so do 1 more that several folders hold "
+        f"(batch_size is 4 in {jobs[0]} and 1 more, 8 in {other}); join without one of the two folders"
     )
     merge_into(jobs, tmp_path / "C")
-    said = refusal(capsys, tmp_path / "other", "--into", tmp_path / "C")
-    assert said.startswith(f"{tmp_path / 'C' / name_of(1, 1)} and {tmp_path / 'other' / name_of(1, 1)} differ")
-
-
-def test_other_numerics_are_warned_of_and_the_first_ones_kept(jobs, tmp_path, capsys):
-    dataset(tmp_path / "other", [(3, 0)], "3", numerics={**NUMERICS, "batch_size": 8})
-    assert merge(*jobs, tmp_path / "other", "--into", tmp_path / "C") == 0
-    (warned,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning"))
-    assert warned == (
-        f"Warning: batch_size is 4 in {jobs[0]} and 1 more, 8 in {tmp_path / 'other'}; images of one folder may differ "
-        "from those of another in last bits"
-    )
-    assert json.loads((tmp_path / "C" / "run.json").read_text())["numerics"] == NUMERICS
+    said = refusal(capsys, other, "--into", tmp_path / "C")
+    assert said.startswith(f"{tmp_path / 'C' / name_of(1, 1)} and {other / name_of(1, 1)} differ")
 
 
 @pytest.mark.parametrize("held", ["job_2", "C"])
-def test_a_folder_in_use_is_refused(jobs, tmp_path, capsys, held):
-    dataset(tmp_path / "C", [(3, 0)], "3")
-    with folder_lock(tmp_path / held):
-        assert merge(*jobs, "--into", tmp_path / "C") == 2
-        assert f"{tmp_path / held} is in use by another job (process {os.getpid()} on " in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "C").glob("user_*")] == ["user_03"]
-    assert merge(*jobs, "--into", tmp_path / "C") == 0
+def test_a_folder_in_use_is_refused(jobs, tmp_path, held, monkeypatch):
+    monkeypatch.setattr("userdiff.dataset.locks.LOCK_SECONDS", 0)
+    into = dataset(tmp_path / "C", [(3, 0)], "3")
+    what = rf"{held} is in use by another job \(process {os.getpid()} "
+    with folder_lock(tmp_path / held), pytest.raises(ValueError, match=what):
+        merge_into(jobs, into)
+    assert [path.name for path in into.glob("user_*")] == ["user_03"]
+    merge_into(jobs, into)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["job_1", "job_2"], "2 folders; --into DIR says in which one to join them"),
-        (
-            ["job_1", "job_2", "--into", "job_2"],
-            "--into: {}/job_2 is one of the folders to join; it keeps what it holds",
-        ),
-        (["job_1", "job_2", "--into", "link"], "--into: {}/link is one of the folders to join"),
-        (
-            ["job_1", "job_2", "--into", "job_2/all"],
-            "--into: {}/job_2/all lies in {}/job_2, whose folders loaders take",
-        ),
-        (["job_1", "job_2", "--into", "."], "--into: {}/job_1 lies in {}, whose folders loaders take for classes"),
-        (["job_1", "nothing", "--into", "C"], "{}/nothing holds no dataset: no run.json; leave it out, or run its job"),
-        (["job_1", "photos", "--into", "C"], "{}/photos holds no dataset: no run.json"),
-        (["job_1", "--into", "photos"], "--into: {}/photos has no run.json but holds user_01/mine.jpg; needed: a new "),
-        (["job_1", "--into", "table"], "--into: {}/table has no run.json but holds manifest.csv; needed: a new folder"),
-        (["job_1", "--into", "table/manifest.csv"], "--into: {}/table/manifest.csv is a file, needed: a folder"),
-        (["job_1", "--into", "linked"], "--into: {}/linked/user_01 is a link into {}/job_1, which is to stay as it is"),
+        ("{}/job_1 {}/job_2", "2 folders; --into DIR says"),
+        ("{}/job_1 {}/job_2 --into {}/job_2", "--into: {}/job_2 is one of the folders to join; it keeps what it holds"),
+        ("{}/job_1 {}/job_2 --into {}/link", "--into: {}/link is one of the folders to join"),
+        ("{}/job_1 {}/job_2 --into {}/job_2/all", "--into: {}/job_2/all lies in {}/job_2, whose folders loaders take"),
+        ("{}/job_1 {}/job_2 --into {}", "--into: {}/job_1 lies in {}, whose folders loaders take for classes"),
+        ("{}/job_1 {}/nothing --into {}/C", "{}/nothing holds no dataset: no run.json; leave it out, or run its job"),
+        ("{}/job_1 {}/photos --into {}/C", "{}/photos holds no dataset: no run.json"),
+        ("{}/job_1 --into {}/photos", "--into: {}/photos has no run.json but holds user_01/mine.jpg; needed: a new "),
+        ("{}/job_1 --into {}/table", "--into: {}/table has no run.json but holds manifest.csv; needed: a new folder"),
+        ("{}/job_1 --into {}/table/manifest.csv", "--into: {}/table/manifest.csv is a file, needed: a folder"),
+        ("{}/job_1 --into {}/linked", "--into: {}/linked/user_01 is a link into {}/job_1, which is to stay as it is"),
+        ("{}/job_1 --into {}/taken", "--into: {}/taken/user_01/generated_001.png was not made by these jobs"),
     ],
 )
 def test_folders_that_cannot_be_joined(jobs, tmp_path, capsys, arguments, said):
@@ -360,23 +285,9 @@ def test_folders_that_cannot_be_joined(jobs, tmp_path, capsys, arguments, said):
         (tmp_path / name).write_text("name,age\n")
     (tmp_path / "link").symlink_to("job_2")
     (dataset(tmp_path / "linked", []) / "user_01").symlink_to(tmp_path / "job_1" / "user_01")
-    paths = [text if text.startswith("-") else tmp_path / text for text in arguments]
+    (dataset(tmp_path / "taken", [(1, 0)]) / name_of(1, 1)).write_bytes(image_of(1, 1, run=RUN))
+    paths = arguments.replace("{}", str(tmp_path)).split()
     assert refusal(capsys, *paths).startswith(said.replace("{}", str(tmp_path)))
-
-
-def test_a_strangers_image_is_not_taken_the_place_of(jobs, tmp_path, capsys):
-    into = dataset(tmp_path / "C", [(3, 0)], "3")
-    (into / "user_01").mkdir()
-    (into / name_of(1, 1)).write_bytes(png(1, 1, run="5d" * 32))
-    assert refusal(capsys, *jobs, "--into", into) == (
-        f"--into: {into / name_of(1, 1)} was not made by these jobs; move it away"
-    )
-
-
-def test_without_into_one_folder_has_its_parts_merged(jobs, capsys):
-    interrupt(jobs[0])
-    assert merge(jobs[0]) == 0
-    assert capsys.readouterr().out == f"{jobs[0] / 'manifest.csv'}: 3 images\n"
 
 
 # Links and copies
@@ -406,7 +317,7 @@ def test_copies_elsewhere_and_only_of_what_has_its_rows_hash(jobs, tmp_path, mon
     joined = merge_into([*jobs, tmp_path / "job_3"], tmp_path / "C")
     assert (joined.num_linked, joined.num_copied, joined.num_missing) == (0, 5, 1)
     assert joined.left_out == {jobs[0]: [(1, 0)]}
-    assert_is(tmp_path / "C", drawn([(1, 1), (1, 2), *all_of([2])]))
+    assert_is(tmp_path / "C", [(1, 1), (1, 2), *all_of([2])])
     assert (tmp_path / "C" / name_of(1, 1)).stat().st_nlink == 1
 
 
@@ -415,14 +326,15 @@ def test_a_folder_where_nothing_can_be_written_gives_its_images(jobs, tmp_path):
         dataset(disk / "job_3", all_of([3]), "3")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         assert merge_into([*jobs, disk / "job_3"], tmp_path / "C").num_copied == 3
-    assert_is(tmp_path / "C", drawn(all_of([1, 2, 3])))
+    assert_is(tmp_path / "C", all_of([1, 2, 3]))
 
 
 # Early ends
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, capsys):
-    job = dataset(tmp_path / "job", all_of([1], 40), "1", 40)
+    items = all_of([1], 40)
+    job = dataset(tmp_path / "job", items, "1", 40)
     with mounted(tmp_path / "disk", "size=100k") as disk:
         into = disk / "C"
         capsys.readouterr()
@@ -432,67 +344,54 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, capsys):
         assert error.endswith(f" of 40 images are in {into}, the same command goes on from there")
         there = list(into.glob("user_*/*"))
         assert 5 < len(there) < 40
-        assert {path.read_bytes() for path in there} <= set(drawn(all_of([1], 40)).values())
+        assert {path.read_bytes() for path in there} <= set(images_of(items).values())
         subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
         assert merge(job, "--into", into) == 0
-        assert_is(into, drawn(all_of([1], 40)))
+        assert_is(into, items)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_one_line_and_the_same_command_goes_on(jobs, tmp_path, capsys, monkeypatch, number):
+@pytest.mark.parametrize("num_put", [0, 2])
+def test_a_signal_is_one_line_and_the_same_command_goes_on(jobs, tmp_path, capsys, monkeypatch, number, num_put):
     def track(items, total):
         for count, item in enumerate(items):
-            if count == 2:
+            if count == num_put:
                 signal.raise_signal(number)
             yield item
 
     into = dataset(tmp_path / "C", all_of([3]), "3")
+    if num_put == 0:
+        interrupt(jobs[0])  # so that its images are read, before anything is written
+    before = state(into)
     with monkeypatch.context() as patch:
         patch.setattr("userdiff.job.progress.show_reading", track)
         assert merge(*jobs, "--into", into) == 128 + number
-    assert capsys.readouterr().err == (
-        f"userdiff merge: stopped by {signal.Signals(number).name}; 5 of 9 images are in {into}, the same command goes on "
-        "from there\n"
-    )
-    status = read_status(into)
-    assert (status.state, sum(status.done.values())) == (f"stopped by {number.name}", 5)
+    what = "nothing was changed, the same command starts again"
+    if num_put:
+        what = f"5 of 9 images are in {into}, the same command goes on from there"
+        status = read_status(into)
+        assert (status.state, sum(status.done.values())) == (f"stopped by {number.name}", 5)
+    else:
+        assert state(into) == before
+    assert capsys.readouterr().err == f"userdiff merge: stopped by {number.name}; {what}\n"
     assert merge(*jobs, "--into", into) == 0
-    assert_is(into, drawn(all_of([1, 2, 3])))
+    assert_is(into, all_of([1, 2, 3]))
     assert read_status(into).state == "complete"
-
-
-def test_a_signal_before_anything_is_written_leaves_nothing(jobs, tmp_path, capsys, monkeypatch):
-    interrupt(jobs[0])  # so that its images are read
-
-    def track(items, total):
-        signal.raise_signal(signal.SIGINT)
-        return items
-
-    monkeypatch.setattr("userdiff.job.progress.show_reading", track)
-    assert merge(*jobs, "--into", tmp_path / "C") == 130
-    assert capsys.readouterr().err == (
-        "userdiff merge: stopped by SIGINT; nothing was changed, the same command starts again\n"
-    )
-    assert not (tmp_path / "C").exists()
 
 
 CHANGES = {"os.rename": 0, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "os.link": 1}
 
 
-def join_and_die(sources, into, changes_left):
-    """Join in a process that dies, as by SIGKILL, at its n-th change of `into`; gives whether it came to its end."""
+def join(sources, into, at_change):
+    """Join in another process, which calls a function before every change of `into`; returns its exit status."""
     process = os.fork()
     if process:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
-
-    left = [changes_left]
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
     def hook(event, args):
         writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
         if (writes or event in CHANGES) and str(args[CHANGES.get(event, 0)]).startswith(str(into)):
-            left[0] -= 1
-            if left[0] < 0:
-                os._exit(9)
+            at_change()
 
     try:
         sys.addaudithook(hook)
@@ -504,34 +403,35 @@ def join_and_die(sources, into, changes_left):
 
 @pytest.mark.parametrize("link", [os.link, no_link])
 def test_killed_at_any_change_of_the_disk_and_run_again(tmp_path, monkeypatch, link):
+    """What a kill leaves is what lies there just before the change that did not come."""
     monkeypatch.setattr(os, "link", link)
     jobs = [dataset(tmp_path / f"job_{user_id}", [(user_id, 0)], str(user_id), 1) for user_id in (1, 2)]
-    into, expected, before = tmp_path / "C", drawn(all_of([1, 2], 1)), state(*jobs)
-    for number in range(1000):
-        if join_and_die(jobs, into, number):
-            break
-        for path in into.glob("user_*/generated_*"):
-            assert path.read_bytes() == expected[int(path.parent.name[-2:]), int(path.stem[-3:])]
-        if (into / "run.json").exists():
-            assert read_status(into).state in {"killed", "complete"}
-        merge_into(jobs, into)
-        assert_is(into, expected)
-        assert read_status(into).state == "complete"
-        shutil.rmtree(into)
-    assert number > 15
-    assert_is(into, expected)
+    into, items, before, numbers = tmp_path / "C", all_of([1, 2], 1), state(*jobs), itertools.count(1)
+
+    def keep():
+        kept = tmp_path / "kept" / str(next(numbers))
+        shutil.copytree(into, kept) if into.exists() else kept.mkdir(parents=True)
+
+    assert join(jobs, into, keep) == 0
+    assert_is(into, items)
+    left = list((tmp_path / "kept").iterdir())
+    assert len(left) > 15
+    whole = {name_of(*item): data for item, data in images_of(items).items()}
+    for folder in left:
+        images = {name: data for name, data in files_in(folder).items() if "/generated_" in name}
+        assert images.items() <= whole.items()
+        if (folder / "run.json").exists():
+            assert read_status(folder).state in {"killed", "complete"}
+        merge_into(jobs, folder)
+        assert_is(folder, items)
+        assert read_status(folder).state == "complete"
     assert state(*jobs) == before
 
 
-def test_killed_again_and_again_one_change_further_each_time(jobs, tmp_path):
-    number = 0
-    while not join_and_die(jobs, tmp_path / "C", number):
-        number += 1
-    assert_is(tmp_path / "C", drawn(all_of([1, 2])))
-
-
-def test_joining_loads_no_torch(jobs, tmp_path):
-    script = "import sys; from userdiff.cli import main; print(main(sys.argv[1:])); print('torch' in sys.modules)"
-    command = [sys.executable, "-c", script, "merge", *map(str, jobs), "--into", str(tmp_path / "C")]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert process.stdout.splitlines()[-2:] == ["0", "False"]
+def test_killed_again_and_again_some_changes_further_each_time(jobs, tmp_path):
+    for number in itertools.count(0, 3):
+        left = iter(range(number))
+        if join(jobs, tmp_path / "C", lambda left=left: next(left, None) is None and os._exit(9)) == 0:
+            break
+    assert number > 15
+    assert_is(tmp_path / "C", all_of([1, 2]))
