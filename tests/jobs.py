@@ -1,12 +1,16 @@
 """Running jobs in tests: one process, N played in one, and real launches."""
 
 import hashlib
+import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed import HashStore
@@ -77,3 +81,28 @@ def tree(output_dir: Path) -> dict[str, str]:
     """Every image and the manifest, by relative path: what must not depend on how the job was run."""
     files = [*output_dir.glob("user_*/*"), output_dir / "manifest.csv"]
     return {str(file.relative_to(output_dir)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def images_in(output_dir: Path) -> list[Path]:
+    """Every PNG of a user's folder, temporaries apart."""
+    return sorted(output_dir.glob("user_*/[!.]*.png"))
+
+
+def last_run(output_dir: Path) -> dict[str, Any]:
+    """Return the last entry of the history in `run.json`."""
+    return json.loads((output_dir / "run.json").read_text())["history"][-1]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Wait for something that will be so when all is well; no test depends on how long it takes."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """Find a port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch.distributed import HashStore
 
 from tests.checkpoints import model_flags
-from tests.jobs import play_processes, run_job, tree
-from userdiff import config
+from tests.jobs import images_in, last_run, play_processes, run_job, tree
+from userdiff import config, make_image
+from userdiff.cli import main
 from userdiff.config import UsageError, parse_args
 from userdiff.diffusion import acceleration
 from userdiff.diffusion import model as loading
@@ -81,6 +83,7 @@ def test_the_launchers_bf16_is_fp16_on_a_card_without(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     asked = parse_args([*flags, *(["--mixed_precision", flag] if flag else [])])
     assert runner._precision(asked, GPU, alone) == precision
+    assert runner._precision(asked, CPU, alone) == (flag or launcher)
     said = capsys.readouterr().out
     assert ("Tesla T4" in said and "fp16" in said) == (launcher == "bf16" and not has_bf16 and flag is None)
 
@@ -172,26 +175,28 @@ def test_channels_lie_side_by_side_only_where_that_pays():
 # Kernels -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", ["2.6.0", "2.9.1+cu128"])
-def test_kernels_that_an_old_torch_would_time_are_refused(flags, card, monkeypatch, version):
+@pytest.mark.parametrize(
+    ("backend", "version", "device", "refusal"),
+    [
+        ("inductor", "2.6.0", GPU, r"^--dynamo_backend: torch 2\.6\.0.* needed: torch 2.10 or later"),
+        ("inductor", "2.9.1+cu128", GPU, r"^--dynamo_backend: torch 2\.9\.1.* needed: torch 2.10 or later"),
+        ("inductor", "2.6.0", CPU, None),
+        ("inductor", "2.10.0+cu130", GPU, None),
+        ("inductor", "2.13.0", GPU, None),
+        ("inductor", "3.0.0a0", GPU, None),
+        # A job records its passes in any case; inside a recording, Inductor's would fail.
+        ("cudagraphs", "3.0.0a0", GPU, r"^--dynamo_backend: cudagraphs compiles nothing .* needed: inductor or no$"),
+    ],
+)
+def test_kernels_that_an_old_torch_would_time_are_refused(flags, card, monkeypatch, backend, version, device, refusal):
     card()
     monkeypatch.setattr(torch, "__version__", version)
-    with pytest.raises(UsageError, match=rf"^--dynamo_backend: torch {version[:5]}.* needed: torch 2.10 or later"):
-        load_model(parse_args(flags), GPU, "no", INDUCTOR)
-    INDUCTOR.check(CPU)
-
-
-def test_recording_passes_is_no_compiler(flags):
-    """A job does it in any case; inside a recording, Inductor's would fail."""
-    backend = Compilation(options={"backend": "cudagraphs"})
-    with pytest.raises(UsageError, match=r"^--dynamo_backend: cudagraphs compiles nothing .* needed: inductor or no$"):
-        load_model(parse_args(flags), GPU, "no", backend)
-
-
-@pytest.mark.parametrize("version", ["2.10.0+cu130", "2.13.0", "3.0.0a0"])
-def test_later_ones_are_not(monkeypatch, version):
-    monkeypatch.setattr(torch, "__version__", version)
-    INDUCTOR.check(GPU)
+    compilation = Compilation(options={"backend": backend})
+    if refusal is None:
+        compilation.check(device)
+    else:
+        with pytest.raises(UsageError, match=refusal):
+            load_model(parse_args(flags), device, "no", compilation)
 
 
 def test_numerics_note_what_chooses_the_kernels(job, card, monkeypatch):
@@ -298,46 +303,26 @@ def test_a_job_for_gpus_that_runs_on_the_cpu_says_so(
 # Encoding ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_fast_level_makes_the_same_pixels_and_is_noted(job, tmp_path):
-    from PIL import Image
-
-    from userdiff import make_image
-    from userdiff.cli import main
-
-    fast = [*job, "--png_compress_level", "1", "--output_dir", str(tmp_path / "fast")]
-    assert run_job(*job) == run_job(*fast) == 0
-    for path in (tmp_path / "out").glob("user_*/*.png"):
-        twin = tmp_path / "fast" / path.relative_to(tmp_path / "out")
-        assert Image.open(path).tobytes() == Image.open(twin).tobytes()
-        assert Image.open(path).text == Image.open(twin).text
-    numerics = json.loads((tmp_path / "fast" / "run.json").read_text())["numerics"]
+def test_a_fast_level_makes_the_same_pixels_is_noted_and_kept(job, tmp_path, capsys):
+    plain, fast, grown = (tmp_path / name for name in ("plain", "fast", "grown"))
+    assert run_job(*job, "--output_dir", plain) == 0
+    assert run_job(*job, "--output_dir", fast, "--png_compress_level", 1) == 0
+    for path in images_in(plain):
+        with Image.open(path) as image, Image.open(fast / path.relative_to(plain)) as twin:
+            assert image.tobytes() == twin.tobytes()
+            assert image.text == twin.text
+    numerics = last_run(fast)["numerics"]
     assert numerics["png_compress_level"] == 1
     assert numerics["zlib"]
-    assert main(["verify", str(tmp_path / "fast"), "--deep"]) == 0
-    asked = parse_args(fast)
-    image = (tmp_path / "fast" / "user_02" / "generated_001.png").read_bytes()
-    assert make_image(asked, load_model(asked), 2, 1) == image
-    asked = replace(asked, png_compress_level=None)  # as the folder began
-    assert make_image(asked, load_model(asked), 2, 1) == image
-    asked = replace(asked, png_compress_level=6)
-    assert (
-        make_image(asked, load_model(asked), 2, 1) == (tmp_path / "out" / "user_02" / "generated_001.png").read_bytes()
-    )
+    assert main(["verify", str(fast), "--deep"]) == 0
+    asked = parse_args([*job, "--output_dir", str(fast)])
+    for level, folder in ((1, fast), (None, fast), (6, plain)):  # None: as the folder began
+        image = make_image(replace(asked, png_compress_level=level), load_model(asked), 2, 1)
+        assert image == (folder / "user_02" / "generated_001.png").read_bytes()
 
-
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_folder_goes_on_with_the_level_it_began_with(job, tmp_path, num_processes, capsys):
-    assert run_job(*job, "--png_compress_level", "1") == 0
-    expected = [
-        *job,
-        "--png_compress_level",
-        "1",
-        "--num_images_per_user",
-        "4",
-        "--output_dir",
-        str(tmp_path / "expected"),
-    ]
-    assert run_job(*expected) == 0
-    assert play_processes(num_processes, *job, "--num_images_per_user", "4") == [0] * num_processes
-    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+    for num_images, level in ((1, [1]), (2, [])):
+        flags = [word for number in level for word in ("--png_compress_level", number)]
+        more = [*job, "--num_images_per_user", num_images, "--output_dir", grown, *flags]
+        assert play_processes(2, *more) == [0, 0]
+    assert tree(grown) == tree(fast)
     assert "png_compress_level" not in capsys.readouterr().err

@@ -10,7 +10,8 @@ import torch
 from torch.distributed import HashStore
 
 from tests.checkpoints import model_flags
-from tests.jobs import run_job, tree
+from tests.definitions import files_in
+from tests.jobs import run_job, tree, wait_for
 from userdiff.config import UsageError, parse_args
 from userdiff.diffusion.model import load_model
 from userdiff.job import shared_folder, store_client
@@ -64,33 +65,18 @@ def run_main(folder, main, events):
         events.append(names(folder))
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_machines_that_see_the_folder_go_on_and_nothing_is_left_there(processes, threads, tmp_path):
-    main, *others = processes(0, 1, 2)
-    during = []
-    job = threads.submit(run_main, tmp_path, main, during)
-    for other in others:
-        threads.submit(shared_folder.look, tmp_path, other).result(60)
-    job.result(60)
-    ((mark,),) = during
-    assert mark.startswith(".userdiff.shared-")
-    assert names(tmp_path) == []
-
-
-def test_every_job_shows_a_new_name(processes, threads, tmp_path):
     during = []
     for _ in range(2):
-        main, other = processes(0, 1)
+        main, *others = processes(0, 1, 2)
         job = threads.submit(run_main, tmp_path, main, during)
-        shared_folder.look(tmp_path, other)
+        for other in others:
+            threads.submit(shared_folder.look, tmp_path, other).result(60)
         job.result(60)
-    assert len({mark for (mark,) in during}) == 2
+        assert names(tmp_path) == []
+    (first,), (second,) = during
+    assert first.startswith(".userdiff.shared-")
+    assert first != second  # every job shows a new name
 
 
 def test_a_folder_that_appears_late_is_waited_for(processes, threads, tmp_path):
@@ -130,20 +116,16 @@ def test_one_process_of_each_machine_is_waited_for_and_the_others_may_come_late(
     job.result(60)
 
 
-def test_one_machine_shows_and_looks_for_nothing(processes, tmp_path):
+def test_one_machine_shows_and_looks_for_nothing_and_who_loads_its_models_looks_meanwhile(processes, tmp_path):
     main, other = processes(0, 0)
     during = []
     run_main(tmp_path, main, during)
     assert during == [[]]
     shared_folder.look(tmp_path / "elsewhere", other)
-
-
-def test_a_process_that_loads_its_models_has_looked_meanwhile(processes, tmp_path):
     main, loading = processes(0, 1)
     shared_folder.look_meanwhile(tmp_path, loading)
-    during = []
     run_main(tmp_path, main, during)
-    assert during
+    assert len(during) == 2
 
 
 # Whole jobs
@@ -186,33 +168,27 @@ def test_machines_that_share_a_folder_make_the_bytes_of_one(job, tmp_path):
 
 
 @pytest.mark.parametrize("blind", [1, 2])
-def test_a_machine_that_does_not_see_the_folder_is_named_and_nothing_is_written(
-    job, blind, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("is_anew", [False, True])
+def test_a_machine_that_does_not_see_the_folder_is_named_and_nothing_changes(
+    job, blind, is_anew, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(shared_folder, "NUM_LOOKS", 5)
     folders = [tmp_path / "new" / "out"] * 3
     folders[blind] = tmp_path / "elsewhere"
-    outcomes = job(*folders)
+    if is_anew:
+        assert job(folders[0]) == [0]
+        capsys.readouterr()
+    before = files_in(tmp_path)
+    outcomes = job(*folders, more=["--overwrite"] if is_anew else [])
     host = socket.gethostname()
     for outcome in outcomes:
         assert outcome.exit_status == 2
         assert str(outcome) == (
-            f"--output_dir: {host} does not see what {host} wrote to {tmp_path / 'new' / 'out'}; needed: a folder that all "
-            "machines share"
+            f"--output_dir: {host} does not see what {host} wrote to {folders[0]}; needed: a folder that all machines share"
         )
-    assert names(tmp_path) == []
+    assert files_in(tmp_path) == before
+    assert names(tmp_path) == (["new"] if is_anew else [])
     assert capsys.readouterr().out == ""
-
-
-def test_a_machine_that_does_not_see_the_folder_starts_nothing_again(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(shared_folder, "NUM_LOOKS", 5)
-    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
-    assert run_job(*job.flags, "--output_dir", out) == 0
-    elsewhere.mkdir()
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert [outcome.exit_status for outcome in job(out, elsewhere, more=["--overwrite"])] == [2, 2]
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    assert names(elsewhere) == []
 
 
 def test_a_dry_run_shows_nothing_and_waits_for_nobody(job, tmp_path):

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -14,21 +14,6 @@ from userdiff.shutdown import Stopped
 PATIENCE = 10  # seconds until a test gives up on another thread; none waits that long when all is well
 
 
-def test_leaving_the_pool_waits_for_every_task():
-    gate, done = threading.Event(), []
-
-    def task(number):
-        assert gate.wait(PATIENCE)
-        done.append(number)
-
-    with WriterPool(num_threads=8, max_pending=200) as pool:
-        for number in range(200):
-            pool.submit(lambda number=number: task(number))
-        assert done == []
-        gate.set()
-    assert sorted(done) == list(range(200))
-
-
 @pytest.mark.parametrize(("num_threads", "max_pending"), [(1, 1), (4, 2), (2, 4), (8, 8)])
 def test_many_submitters_get_every_task_done_once(num_threads, max_pending):
     done = []
@@ -37,30 +22,27 @@ def test_many_submitters_get_every_task_done_once(num_threads, max_pending):
         for number in range(first, first + 50):
             pool.submit(lambda number=number: done.append(number))
 
-    with WriterPool(num_threads, max_pending) as pool:
-        submitters = [threading.Thread(target=submit_all, args=(first,)) for first in range(0, 200, 50)]
-        for submitter in submitters:
-            submitter.start()
-        for submitter in submitters:
-            submitter.join(PATIENCE)
+    with WriterPool(num_threads, max_pending) as pool, ThreadPoolExecutor(4) as submitters:
+        list(submitters.map(submit_all, range(0, 200, 50)))
     assert sorted(done) == list(range(200))
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_tasks_run_on_as_many_threads_as_were_asked_for(num_threads):
-    gate, started, threads = threading.Event(), threading.Semaphore(0), set()
+def test_tasks_run_on_as_many_threads_as_were_asked_for_and_leaving_waits_for_all(num_threads):
+    gate, started, threads = threading.Event(), threading.Semaphore(0), []
 
     def task():
-        threads.add(threading.get_ident())
         started.release()
         assert gate.wait(PATIENCE)
+        threads.append(threading.get_ident())
 
     with WriterPool(num_threads, max_pending=6) as pool:
         for _ in range(6):
             pool.submit(task)
         assert all(started.acquire(timeout=PATIENCE) for _ in range(num_threads))  # while none of them can end
-        gate.set()
-    assert len(threads) == num_threads
+        threading.Timer(0.05, gate.set).start()  # while the pool is being left
+    assert len(threads) == 6
+    assert len(set(threads)) == num_threads
 
 
 @pytest.mark.parametrize(("num_threads", "max_pending"), [(2, 3), (4, 1)])
@@ -94,71 +76,48 @@ def run_pool(body, num_threads, max_pending):
         body(pool)
 
 
-def submit_and_hear(pool, task, heard):
-    try:
-        pool.submit(task)
-    except OSError as failure:
-        heard.append(failure)
+def test_the_first_failure_is_raised_at_the_end_with_its_cause():
+    gate, error, cause = threading.Event(), OSError("disk full"), ValueError("quota")
 
+    def body(pool):
+        pool.submit(lambda: gate.wait(PATIENCE))
+        pool.submit(failing(error, cause))
+        pool.submit(failing(OSError("second")))
+        gate.set()
 
-def test_a_failure_is_raised_at_the_end_with_its_cause():
-    error, cause = OSError("disk full"), ValueError("quota")
     with pytest.raises(OSError, match="disk full") as raised:
-        run_pool(lambda pool: pool.submit(failing(error, cause)), num_threads=1, max_pending=3)
+        run_pool(body, num_threads=1, max_pending=3)
     assert raised.value is error
     assert raised.value.__cause__ is cause
 
 
-def test_the_first_of_two_failures_is_raised():
-    gate, errors = threading.Event(), [OSError("first"), OSError("second")]
+@pytest.mark.parametrize("fails_late", [False, True])
+def test_after_a_failure_submitting_raises_it_and_runs_nothing_more(fails_late):
+    """The first of these submits waits, and hears of the failure while it does."""
+    gate, error, heard, ran = threading.Event(), OSError("disk full"), [], []
 
-    def body(pool):
-        pool.submit(lambda: gate.wait(PATIENCE))
-        for error in errors:
-            pool.submit(failing(error))
-        gate.set()
-
-    with pytest.raises(OSError, match="first") as raised:
-        run_pool(body, num_threads=1, max_pending=3)
-    assert raised.value is errors[0]
-
-
-def test_after_a_failure_submitting_raises_it_and_runs_nothing_more():
-    error, heard, ran = OSError("disk full"), [], []
+    def fail():
+        assert gate.wait(PATIENCE)
+        raise error
 
     def submit_more(pool):
-        for _ in range(5):  # the first of these waits until the failure is known
-            submit_and_hear(pool, lambda: ran.append(1), heard)
+        for _ in range(5):
+            with pytest.raises(OSError, match="disk full") as raised:
+                pool.submit(lambda: ran.append(1))
+            heard.append(raised.value)
 
     def body(pool):
-        pool.submit(failing(error))
+        pool.submit(fail)
+        if not fails_late:
+            gate.set()
         submitter = threading.Thread(target=submit_more, args=(pool,), daemon=True)
         submitter.start()
+        gate.set()
         submitter.join(PATIENCE)
 
     with pytest.raises(OSError, match="disk full"):
         run_pool(body, num_threads=1, max_pending=1)
     assert heard == 5 * [error]
-    assert ran == []
-
-
-def test_a_submitter_that_is_waiting_hears_of_the_failure():
-    gate, error, heard, ran = threading.Event(), OSError("disk full"), [], []
-
-    def fail_later():
-        assert gate.wait(PATIENCE)
-        raise error
-
-    def body(pool):
-        pool.submit(fail_later)
-        submitter = threading.Thread(target=submit_and_hear, args=(pool, lambda: ran.append(1), heard), daemon=True)
-        submitter.start()
-        gate.set()
-        submitter.join(PATIENCE)
-
-    with pytest.raises(OSError, match="disk full"):
-        run_pool(body, num_threads=1, max_pending=1)
-    assert heard == [error]
     assert ran == []
 
 

@@ -1,6 +1,5 @@
 """Several machines for real, as launches on loopback: one slow, one late, one that does not share the folder."""
 
-import json
 import socket
 import sys
 from collections import Counter
@@ -8,7 +7,7 @@ from collections import Counter
 import pytest
 
 from tests.checkpoints import model_flags
-from tests.jobs import ROOT, finish, run_job, start, tree
+from tests.jobs import ROOT, finish, free_port, last_run, run_job, start, tree
 from tests.processes import our_tracebacks
 
 UNLIKE = """
@@ -71,18 +70,10 @@ def start_machines(tmp_path):
     def start_all(number, script, *flags):
         path = tmp_path / "batch_generate.py"
         path.write_text(script)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            ROOT / "accelerate_configs/cpu.yaml",
-        ]
+        config = ROOT / "accelerate_configs" / "cpu.yaml"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
         command += ["--num_machines", number, "--num_processes", number, "--num_cpu_threads_per_process", 1]
-        command += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+        command += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
         for machine in range(number):
             folder = tmp_path / f"machine-{machine}"
             folder.mkdir()
@@ -103,7 +94,7 @@ def test_a_slow_and_a_late_machine_each_make_what_they_can(checkpoint, start_mac
     assert run_job(*flags, "--output_dir", tmp_path / "plain") == 0
     assert tree(out) == tree(tmp_path / "plain")
     assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "plain").iterdir()}
-    assert json.loads((out / "run.json").read_text())["history"][0]["published"] == 120
+    assert last_run(out)["published"] == 120
     made = [(tmp_path / f"out.{machine}.made").read_text().splitlines() for machine in range(3)]
     assert Counter(name for names in made for name in names) == Counter(
         name for name in tree(out) if name.startswith("user_")

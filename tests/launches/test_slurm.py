@@ -1,7 +1,6 @@
 """The Slurm script, with stand-ins for `srun`, `scontrol` and, where no image is made, `accelerate`."""
 
 import itertools
-import json
 import os
 import re
 import shutil
@@ -9,13 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import model_flags
-from tests.jobs import ROOT, finish, launch, run_job, start, tree
+from tests.jobs import ROOT, finish, images_in, launch, run_job, start, tree, wait_for
 from tests.processes import descendants, process_table, read_stat, send
 from userdiff.dataset.run_record import RunEntry, RunRecord
 
@@ -194,27 +192,18 @@ def test_only_a_turn_that_was_stopped_and_made_images_is_queued_again(played, be
 @pytest.mark.parametrize(
     ("flags", "folder"),
     [
-        (["--output_dir", "a folder"], "a folder"),
         (["--output_dir=a folder"], "a folder"),
-        (["--output_dir", "elsewhere", "--output_dir", "a folder"], "a folder"),  # the last one counts
-        (["--seed", "7"], "generated_images"),
-        ([], "generated_images"),
+        (["--overwrite", "--output_dir", "elsewhere", "--output_dir", "a folder"], "a folder"),  # the last one counts
+        (["--seed", "7", "--user_ids", "1", "3-5"], "generated_images"),
     ],
 )
-def test_it_reads_the_record_of_the_folder_that_the_job_has(played, tmp_path, flags, folder):
-    (tmp_path / "next.json").write_bytes(history(STOPPED))
-    job = played.sbatch(*flags, cwd=tmp_path, OUT=str(tmp_path / folder), LAUNCHER_STATUS="1")
-    assert finish(job, timeout=30)[0] == 1
-    assert played.requeued() == ["4711"]
-    assert played.job_flags() == flags
-
-
-def test_the_job_starts_again_only_once(played):
-    flags = ["--overwrite", "--output_dir", "a folder", "--user_ids", "1", "3-5"]
-    assert finish(played.sbatch(*flags), timeout=30)[0] == 0
-    assert played.job_flags() == flags
-    assert finish(played.sbatch(*flags, SLURM_RESTART_COUNT="1"), timeout=30)[0] == 0
-    assert played.job_flags() == flags[1:]
+def test_it_reads_the_record_of_the_folder_that_the_job_has_and_starts_again_only_once(played, tmp_path, flags, folder):
+    for turn in ("", "1"):
+        (tmp_path / "next.json").write_bytes(history(*[STOPPED] * (2 if turn else 1)))
+        canned = {"OUT": str(tmp_path / folder), "LAUNCHER_STATUS": "1", "SLURM_RESTART_COUNT": turn}
+        assert finish(played.sbatch(*flags, cwd=tmp_path, **canned), timeout=30)[0] == 1
+        assert played.job_flags() == (flags if not turn else [flag for flag in flags if flag != "--overwrite"])
+    assert played.requeued() == ["4711", "4711"]
 
 
 @pytest.mark.parametrize(("gpus", "config", "total"), [("8", "multi_node", 16), ("", "cpu", 6)])
@@ -249,10 +238,7 @@ def test_a_cancelled_job_is_not_queued_again(played):
     """Slurm sends SIGTERM to the tasks and to the script."""
     (played.folder / "next.json").write_bytes(history(STOPPED))
     job = played.sbatch("--output_dir", played.out, WAIT="1", LAUNCHER_STATUS="1")
-    deadline = time.monotonic() + 30
-    while len(list(played.folder.glob("waiting.*"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: len(list(played.folder.glob("waiting.*"))) == 2, 30)
     family = list(descendants(job.pid, process_table()))
     send([*family, job.pid], signal.SIGTERM)
     assert finish(job, timeout=30)[0] == -signal.SIGTERM
@@ -283,11 +269,7 @@ def test_a_stopped_job_is_queued_again_and_the_next_turn_completes_it(checkpoint
     flags += ["--device", "cpu", "--overwrite", "--output_dir"]
     number = free_job_number()
     job = toy.sbatch(*flags, toy.out, SLURM_JOB_ID=number)
-    deadline = time.monotonic() + 120
-    while len(list(toy.out.glob("user_*/*.png"))) < 8:
-        assert job.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: len(images_in(toy.out)) >= 8 or job.poll() is not None)
     tasks = tasks_of(job)
     send(tasks, signal.SIGTERM)
     status, stdout, stderr = finish(job, timeout=60)
@@ -297,7 +279,7 @@ def test_a_stopped_job_is_queued_again_and_the_next_turn_completes_it(checkpoint
     assert "stopped by SIGTERM; " in stderr
     assert not any((stat := read_stat(pid)) and stat.state not in "ZX" for pid in tasks)
     assert toy.requeued() == [number]
-    made = {path: path.stat().st_mtime_ns for path in toy.out.glob("user_*/*.png")}
+    made = {path: path.stat().st_mtime_ns for path in images_in(toy.out)}
     assert 8 <= len(made) < 150
 
     fewer = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "127.0.0.[1-1]"}  # one job number, another allocation
@@ -343,8 +325,7 @@ def test_a_group_that_the_launcher_restarts_after_a_crash_goes_on(checkpoint, tm
     assert first == ("0", "150")
     assert int(second[0]) >= 6
     assert "Done: 150 of 150 images" in stdout
-    states = [entry["state"] for entry in json.loads((out / "run.json").read_text())["history"]]
-    assert states == ["running", "ended"]
+    assert [entry.state for entry in RunRecord.read(out).history] == ["running", "ended"]
     assert run_job(*flags, "--output_dir", tmp_path / "plain") == 0
     assert tree(out) == tree(tmp_path / "plain")
 
