@@ -156,10 +156,15 @@ def test_no_foreign_image_gives_its_place_to_one_of_the_job(job, out, tmp_path, 
         assert run_job(*job) == 0  # nobody asks for that one
 
 
-def test_a_user_folder_that_is_a_file_is_one_line(job, tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], ["--dry_run"], ["--overwrite"]], ids=str)
+def test_a_user_folder_that_is_a_file_is_one_line(job, tmp_path, capsys, more):
     put(tmp_path, "out/user_02", b"")
-    assert run_job(*job) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("batch_generate.py: error: --output_dir: ")
+    before = files_in(tmp_path)
+    assert run_job(*job, *more) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("batch_generate.py: error: --output_dir: ")
+    assert "user_02" in line
+    assert files_in(tmp_path) == before
 
 
 def test_a_worker_that_outlived_its_job_keeps_the_next_one_out(job, out, reference, capsys, monkeypatch):
@@ -256,7 +261,7 @@ def test_a_dry_run_plans_once_and_changes_nothing(job, out, tmp_path, capsys, mo
         found = 0 if "--overwrite" in more else there
         assert f"{found} already there, " in said
         assert said.count("Plan: ") == said.count("Dry run: ") == 1
-        assert (f"To be removed: {there} images" in said) == ("--overwrite" in more)
+        assert (f"To be removed: {there} images" in said) == ("--overwrite" in more and there > 0)
         shutil.rmtree(out, ignore_errors=True)
 
 

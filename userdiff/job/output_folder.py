@@ -61,6 +61,7 @@ def open_folder(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
         is_anew = config.overwrite and launcher.restart_count() == 0
         own = _own_images(config, model, shutdown) if is_anew else []
         record = None if is_anew else _checked_record(config, model, shutdown)
+        _check_user_folders(config, model)
         if not config.dry_run:
             # 5. Every machine sees the folder. Only now may anything be removed.
             held.enter_context(shared_folder.shown(output_dir, coordinator))
@@ -74,6 +75,16 @@ def _check_writable(output_dir: Path) -> None:
     nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UsageError(f"--output_dir: {nearest} cannot be written to")
+
+
+def _check_user_folders(config: JobConfig, model: JobModel) -> None:
+    """Raise UsageError where something that is no folder has the name of a user's."""
+    for user_id in config.user_ids or model.user_index:
+        folder = (config.output_dir / layout.file_name(user_id, 0)).parent
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UsageError(
+                f"--output_dir: {folder} is no folder, needed: one for the images of user {user_id}; move it away"
+            )
 
 
 def _checked_record(config: JobConfig, model: JobModel, shutdown: Shutdown) -> RunRecord | None:

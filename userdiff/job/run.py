@@ -166,7 +166,7 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
     """Find what is done, plan the rest, make images with the others, and merge; a dry run ends with the plan."""
     output_dir, recipe = config.output_dir, Recipe.of(model.identity, model.run)
     with output_folder.open_folder(config, model, coordinator) as (record, num_removed):
-        if num_removed or (config.overwrite and config.dry_run):
+        if num_removed:
             removed = "To be removed" if config.dry_run else "Removed"
             console.write(f"{removed}: {count(num_removed, 'image')} of earlier runs, from {output_dir}")
         plan, numerics, rows = _plan(config, model, coordinator, record)
