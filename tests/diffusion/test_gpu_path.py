@@ -202,8 +202,11 @@ def test_a_batch_neither_mixes_devices_nor_waits(
     compilation = Compilation(options={"backend": "inductor"}) if way == "compiled" else None
     gpu = request.getfixturevalue("gpu")  # only now: the checkpoint is real
     gpu.is_watching = False  # a job may wait for its models
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     model = loading.load_model(config, GPU, precision, compilation)
     gpu.is_watching = True
+    if eta:
+        model.vae.register_to_config(latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: way == "compiled")
     steps = []
     batch = generate._compute(config, model, [(1, 0), None, (3, 7)], lambda: steps.append(gpu.num_uploads))
@@ -220,9 +223,10 @@ def test_a_batch_neither_mixes_devices_nor_waits(
     assert (batch.pixels.shape, batch.pixels.dtype) == ((3, 16, 16, 3), torch.uint8)
     assert (batch.finite.shape, batch.contradicts_range.shape) == ((3,), ())
     assert {tensor.device.type for tensor in (batch.pixels, batch.finite, batch.contradicts_range)} == {"cpu"}
-    # to the GPU before the first step: users, noise and timesteps; at every step its noise; back: these three
+    # to the GPU before the first step: users, noise and timesteps; at every step its noise; at last mean and deviation;
+    # back: these three
     assert steps == ([3, 4, 5] if eta else [3, 3, 3])
-    assert (gpu.num_uploads, gpu.num_downloads) == (6 if eta else 3, 3)
+    assert (gpu.num_uploads, gpu.num_downloads) == (8 if eta else 3, 3)
 
 
 READING, COUNTING, INDEXING = "reads numbers, and waits", "counts a mask's numbers, and waits", "copies an index, and"

@@ -390,7 +390,7 @@ def test_a_shift_that_cannot_be_is_refused(settings, part, folder, make, capsys)
 def test_the_scaling_factor_is_printed_and_may_be_given(truth, folder, make, capsys):
     out = make("--scaling_factor", 1)
     assert_parity(out, expected(truth, unscale=lambda z: z))
-    assert "latents / 1;" in capsys.readouterr().out
+    assert "latents / 1 (--scaling_factor);" in capsys.readouterr().out
     assert load_model(parse_args([str(flag) for flag in flags_of(folder)])).vae.config.scaling_factor == 0.7
 
 

@@ -104,7 +104,7 @@ def unscaled(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
     latents = latents / vae.config.scaling_factor
     if vae.config.latents_mean is not None:
         mean, std = (
-            torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1)
+            to_device(torch.tensor(values, dtype=latents.dtype).view(1, -1, 1, 1), latents.device)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         latents = latents * std + mean

@@ -100,7 +100,9 @@ def _describe(config: JobConfig, model: JobModel, user_ids: Collection[int]) -> 
         yield f"Model: UNet {config.unet_path}, VAE {config.vae_path}, condition encoder {config.condition_encoder_path}"
     channels, *latents = latents_shape(model.unet)
     yield (
-        f"Images: {_sides(model.image_shape)}, of latents {_sides((*latents, channels))}; {_decoding(model.vae)}; "
+        f"Images: {_sides(model.image_shape)}, of latents {_sides((*latents, channels))}"
+        f"{' (--sample_size)' * bool(config.sample_size)}; {_decoding(model.vae)}"
+        f"{' (--scaling_factor)' * bool(config.scaling_factor)}; "
         f"pixels taken as {'[0, 1]' if config.vae_output_range == 'unit' else '[-1, 1]'} (--vae_output_range)"
     )
     is_plain = all(row == user_id - 1 for user_id, row in model.user_index.items())
