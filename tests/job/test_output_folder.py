@@ -365,7 +365,7 @@ def test_overwrite_removes_what_a_job_wrote_and_nothing_else(job, out, tmp_path)
 
 
 def test_a_group_that_the_launcher_restarts_does_not_start_again(job, out, monkeypatch, capsys):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(output_folder.launcher, "restart_count", lambda: 1)
     assert run_job(*job, "--overwrite") == 0
     assert "15 already there, 0 to make" in capsys.readouterr().out
 

@@ -189,7 +189,9 @@ def test_an_image_that_is_not_finite_is_not_saved_and_tried_again(flags, tmp_pat
     decode, calls = AutoencoderKL.decode, []
 
     def decode_badly(self, latents, **options):
-        (images,) = decode(self, latents, **options)
+        images = decode(self, latents, **options)[0]
+        if len(images) == 1:  # where it is tried whether it can decode at all
+            return (images,)
         calls.append(None)
         images[1 if len(calls) == 1 else 0, 0, 3, 3] = float("nan" if len(calls) == 1 else "-inf")
         return (images,)

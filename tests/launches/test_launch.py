@@ -53,7 +53,7 @@ def test_real_launches_make_the_same_bytes(config, num_processes, flags, referen
     ("extra", "expected"),
     [
         (["--seed", "minus one"], "--seed: 'minus one' is not a whole number"),  # found before torch is loaded
-        (["--unet_path", "nowhere"], "--unet_path: nowhere is not a folder"),  # found by every process
+        (["--unet_path", "nowhere"], "--unet_path: nowhere does not exist"),  # found by every process
         (["--output_dir", "/proc/out"], "--output_dir: "),  # found by the main process alone
     ],
 )

@@ -262,12 +262,10 @@ def _user_index(
         user_index = user_index_map(num_rows, train_user_ids, config.user_map, config.null_row)
     unknown = [user_id for user_id in config.user_ids or () if user_id not in user_index]
     if unknown:
-        is_plain = train_user_ids is None and config.user_map is None
-        gaps = (
-            "; ids with gaps have other rows than id - 1: --train_user_ids, --train_data_dir or --user_map says which"
-        )
+        is_plain = train_user_ids is None and config.user_map is None and not config.is_bundled
+        gaps = "; where ids have gaps, --train_user_ids, --train_data_dir or --user_map says which row each has"
         raise UsageError(
-            f"--user_ids: {format_ids(unknown)} is out of range, needed: {format_ids(user_index)}, the users of this checkpoint"
+            f"--user_ids: {format_ids(unknown)} is out of range, this checkpoint has users {format_ids(user_index)}"
             f"{gaps if is_plain else ''}"
         )
     num_images = len(config.user_ids or user_index) * config.num_images_per_user

@@ -75,8 +75,9 @@ def load_noise_scheduler(path: Path | None) -> SchedulerMixin:
         if (folder / SCHEDULE_NAME).is_file():
             return _noise_schedule(read_json(folder / SCHEDULE_NAME), str(folder / SCHEDULE_NAME))
     if not path.is_dir():
+        what = "is not a folder" if os.path.lexists(path) else "does not exist"
         raise FileNotFoundError(
-            f"{path} is not a folder, needed: one that holds {SCHEDULE_NAME}, or holds it in scheduler/"
+            f"{path} {what}, needed: a folder that holds {SCHEDULE_NAME}, or holds it in scheduler/"
         )
     raise FileNotFoundError(f"{path} holds no {SCHEDULE_NAME}, nor does {path / 'scheduler'}, {AS_SAVED}")
 
