@@ -413,6 +413,11 @@ def test_a_unet_without_a_size_takes_the_flags(truth, folder, make, capsys):
     edit(folder / "unet" / "config.json", sample_size=None)
     make(status=2)
     assert "--sample_size" in capsys.readouterr().err
+    edit(folder / "vae" / "config.json", sample_size=16)  # tells which it may be
+    make(status=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("batch_generate.py: error: --unet_path: sample_size is None")
+    assert "--sample_size says it, 8 by the VAE's own" in line
     assert_parity(make("--sample_size", 8), expected(truth))
 
 

@@ -130,11 +130,11 @@ def load_model(
         if config.sample_size:
             side, *rest = config.sample_size
             unet.register_to_config(sample_size=[side, *rest] if rest else side)
-        elif other := models.other_sample_size(vae, unet):
+        models.check_agreement(vae, unet)
+        if not config.sample_size and (other := models.other_sample_size(vae, unet)):
             warnings.append(_contradicting_sizes(vae, unet, other))
         if config.scaling_factor:
             vae.register_to_config(scaling_factor=config.scaling_factor)
-        models.check_agreement(vae, unet)
         models.check_unet_runs(unet)
     with errors_of("--scheduler_path"):
         schedule = config.scheduler_path or schedule_beside(config.unet_path, unet_config)
