@@ -19,7 +19,7 @@ IDENTITY = {
     "unet": {"weights": "b2" * 32, "config": {}},
     "condition_encoder": "c3" * 32,
     "noise_schedule": {"beta_schedule": "scaled_linear", "clip_sample": False},
-    "user_index": {"1": 0, "2": 1},
+    "user_index": {str(user_id): user_id - 1 for user_id in range(1, 10)},
     "seed": 42,
     "num_inference_steps": 20,
 }

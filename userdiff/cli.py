@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from userdiff.config import JobConfig, UsageError, natural_number, parse_args, path
-from userdiff.dataset.atomic import publish
+from userdiff.dataset.atomic import publish, publish_to
 from userdiff.dataset.layout import MANIFEST_NAME, PREVIEW_NAME, file_name
 from userdiff.job import launcher
 from userdiff.shutdown import Halted, Shutdown, Stopped
-from userdiff.text import listed, refusal
+from userdiff.text import count, listed, printable, refusal
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAIN_SECONDS = 10.0  # that others leave the main process to print what is wrong with the command, and to end the job
@@ -24,6 +24,7 @@ MAIN_SECONDS = 10.0  # that others leave the main process to print what is wrong
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a `userdiff` command and return the exit status."""
+    _open_streams()
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["generate"]:  # has a parser of its own
         return generate(argv[1:], prog="userdiff generate")
@@ -86,6 +87,7 @@ def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py")
     0: every image is there. 1: some failed, or the job could not go on. 2: wrong arguments, model or output folder.
     128 + n: stopped by signal n; the same command goes on from there.
     """
+    _open_streams()
     shutdown = Shutdown()
     try:
         config = parse_args(argv, prog)
@@ -131,8 +133,29 @@ def _print_error(line: str, status: int) -> int:
     from userdiff.job.progress import unheard
 
     with unheard(sys.stderr):
-        print(" ".join(line.splitlines()), file=sys.stderr)
+        _say(" ".join(line.splitlines()), file=sys.stderr)
     return status
+
+
+def _say(line: object, file: TextIO | None = None) -> None:
+    """Print a line, of which names of files may be a part."""
+    print(printable(str(line)), file=file or sys.stdout)
+
+
+def _open_streams() -> None:
+    """Have all standard streams open, and able to write any text.
+
+    Where one is closed, the next file that is opened would take its place, and what is printed would go into that.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the whole process
+        reconfigure = getattr(getattr(sys, name), "reconfigure", None)
+        if reconfigure:  # a notebook's or a test's stream has none
+            reconfigure(errors="backslashreplace")
 
 
 # The other commands --------------------------------------------------------------------------------------------------
@@ -143,7 +166,7 @@ def status(output_dir: Path) -> int:
     from userdiff.tools.status import status_lines
 
     for line in status_lines(output_dir):
-        print(line)
+        _say(line)
     return 0
 
 
@@ -154,7 +177,7 @@ def verify(output_dir: Path, deep: bool = False) -> int:
 
     problems = tool.verify(output_dir, deep=deep, track=show_reading)
     for line in tool.problem_lines(output_dir, problems, deep=deep):
-        print(line)
+        _say(line)
     return 1 if problems else 0
 
 
@@ -170,9 +193,15 @@ def merge(output_dir: list[Path], into: Path | None = None) -> int:
         return _merge_into(output_dir, into)
     if len(output_dir) > 1:
         raise ValueError(f"{len(output_dir)} folders; --into DIR says in which one to join them")
-    rows = tool.merge(output_dir[0], track=show_reading)
-    print(f"{output_dir[0] / MANIFEST_NAME}: {len(rows)} images")
+    rows, edited = tool.merge(output_dir[0], track=show_reading)
+    _print_edited(edited)
+    _say(f"{output_dir[0] / MANIFEST_NAME}: {count(len(rows), 'image')}")
     return 0
+
+
+def _print_edited(edited: Path | None) -> None:
+    if edited:
+        _say(f"Somebody had added to {MANIFEST_NAME}; that is kept as {edited}")
 
 
 def _merge_into(sources: list[Path], into: Path) -> int:
@@ -192,36 +221,39 @@ def _merge_into(sources: list[Path], into: Path) -> int:
         print_end(end)
         return end.exit_status
     for text in joined.numerics:
-        print(f"Warning: {text}; images of one folder may differ from those of another in last bits", file=sys.stderr)
+        _say(f"Warning: {text}; images of one folder may differ from those of another in last bits", file=sys.stderr)
     for folder, items in joined.left_out.items():
         names = listed([file_name(*item) for item in items])
-        print(f"{folder}: {len(items)} images missing, damaged or of another run: {names}")
+        _say(f"{folder}: {len(items)} images missing, damaged or of another run: {names}")
+    _print_edited(joined.edited_manifest)
     added = f"{joined.num_linked} linked and {joined.num_copied} copied now"
-    print(f"{into / MANIFEST_NAME}: {joined.num_images} images, {added}")
+    _say(f"{into / MANIFEST_NAME}: {joined.num_images} images, {added}")
     if joined.num_missing:
-        print(f"{joined.num_missing} of those asked for are not there: `userdiff status {into}` says whose")
+        _say(f"{joined.num_missing} of those asked for are not there: `userdiff status {into}` says whose")
     return 0
 
 
 def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, scale: int = 2) -> int:
     """Write a folder's `preview.html` from its manifest, and `picture` with the first `columns` images of each user."""
     from userdiff.dataset.run_record import RunRecord
-    from userdiff.dataset.scan import listed_rows
+    from userdiff.dataset.scan import check_own_files, listed_rows
     from userdiff.tools.preview import contact_sheet, preview_page
 
     rows = listed_rows(output_dir)
+    check_own_files(output_dir)
     if picture is not None:
         _check_picture(picture)
+        sheet = contact_sheet(output_dir, rows, columns, scale)
     try:
         run_record = RunRecord.read(output_dir)
     except (ValueError, OSError) as error:
         run_record = None
-        print(f"Warning: {error}; the page is made without the run's facts", file=sys.stderr)
+        _say(f"Warning: {error}; the page is made without the run's facts", file=sys.stderr)
     publish(output_dir / PREVIEW_NAME, preview_page(output_dir, rows, run_record))
-    print(output_dir / PREVIEW_NAME)
+    _say(output_dir / PREVIEW_NAME)
     if picture is not None:
-        contact_sheet(output_dir, rows, columns, scale).save(picture)
-        print(picture)
+        sheet.save(picture)
+        _say(picture)
     return 0
 
 
@@ -246,7 +278,7 @@ def inspect(output_dir: Path, real: Path | None = None, json: Path | None = None
 
     report = tool.inspect(output_dir, real, track=show_reading)
     if json is not None:
-        publish(json, report_json(report))
+        publish_to(json, report_json(report))
     for line in report_lines(str(output_dir), report):
-        print(line)
+        _say(line)
     return 0

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import errno
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
@@ -12,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
-from userdiff.text import MAX_USERS, id_range
+from userdiff.text import MAX_USERS, id_range, printable
 
 BUNDLED_CHECKPOINT = Path(__file__).parent / "demo" / "checkpoint"
 BUNDLED_NUM_USERS = 10
@@ -66,7 +67,7 @@ class UsageError(Exception):
     exit_status = 2
 
     def __init__(self, text: str) -> None:
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+        super().__init__(printable(text))
 
 
 @contextmanager
@@ -326,6 +327,8 @@ class JobConfig:
     def _check_output_dir(self) -> None:
         """Refuse a path where no folder can be made before the models are loaded, which may take minutes."""
         with errors_of("--output_dir"):
+            if not self.output_dir.exists() and (what := _not_meant(str(self.output_dir))):
+                raise ValueError(f"{str(self.output_dir)!r} {what}")
             if any("\ud800" <= letter <= "\udfff" for letter in str(self.output_dir)):  # how Python reads other bytes
                 raise ValueError(f"{self.output_dir} is not UTF-8, needed: a name that the pages and lines can hold")
             for folder in (self.output_dir, *self.output_dir.parents):
@@ -335,6 +338,19 @@ class JobConfig:
                         return
                     kind = "a link that leads nowhere" if folder.is_symlink() else "a file"
                     raise ValueError(f"{folder} is {kind}, needed: a folder, or a path where one can be made")
+
+
+def _not_meant(path: str) -> str:
+    """Return what is wrong with a path that can be made, and that nobody means; empty if nothing is."""
+    if "://" in path or re.match(r"[a-z][a-z0-9+.-]+:/", path):  # a Path has one slash of two
+        return "is an address, needed: a folder; copy it there when it is complete (docs/scale.md)"
+    if path.startswith("="):
+        return "begins with =, needed: one after --output_dir; a folder of that name is ./=..."
+    if path.startswith("~"):
+        return "begins with ~, which a shell replaces only where a word begins, needed: $HOME; a folder of that name is ./~"
+    if path.endswith("\r"):
+        return "ends in a carriage return, needed: a script without line ends of Windows"
+    return ""
 
 
 def bundled_model() -> dict[str, Any]:

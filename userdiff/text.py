@@ -7,6 +7,13 @@ MAX_USERS = 2**24
 _MAX_DIGITS = 4000  # Python refuses to read longer numbers
 
 
+def printable(text: str) -> str:
+    """Escape what does not print, such as a line break in a file's name, or what moves a terminal's cursor."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
 def count(number: int, what: str, plural: str = "") -> str:
     """Return a number with its noun: `1 image`, `2 images`."""
     return f"{number} {what if number == 1 else plural or what + 's'}"

@@ -1,11 +1,14 @@
+import errno
 import os
+import re
 import secrets
 import stat
 
 import pytest
 
 from tests.definitions import files_in
-from userdiff.dataset.atomic import publish, remove_temporaries
+from userdiff.dataset import atomic
+from userdiff.dataset.atomic import check_file_system, publish, remove_temporaries
 
 
 @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 5000, [b"in ", b"pieces"]])
@@ -56,14 +59,17 @@ def test_what_cannot_be_published_is_named_and_nothing_is_made(tmp_path):
 
 
 OTHERS = [
+    ".draft.tmp-00c0ffee",
     ".hidden",
     ".manifest.csv.tmp-0123abcd.bak",
     "manifest.csv",
     "manifest.csv.tmp-0123abcd",
     "other/.generated_000.png.tmp-0123abcd",
+    "user_01/.draft.tmp-00c0ffee",
     "user_01/.notes.tmp",
     "user_01/deeper/.generated_000.png.tmp-0123abcd",
     "user_01/generated_000.png.tmp-0123abcd",
+    "user_work/.generated_000.png.tmp-0123abcd",
 ]
 
 
@@ -83,3 +89,50 @@ def test_temporaries_of_a_killed_job_are_removed_and_nothing_else_is(tmp_path, m
         publish(tmp_path / "file", b"second")
     remove_temporaries(tmp_path)
     assert sorted(files_in(tmp_path)) == sorted(OTHERS)
+
+
+# File systems
+
+
+def refusing(error_number):
+    def refuse(*args):
+        raise OSError(error_number, os.strerror(error_number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("error_number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_without_sync_a_file_is_published_all_the_same(tmp_path, monkeypatch, error_number):
+    monkeypatch.setattr(os, "fsync", refusing(error_number))
+    check_file_system(tmp_path)
+    publish(tmp_path / "file", b"data", sync=True)
+    assert files_in(tmp_path) == {"file": b"data"}
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.parametrize("error_number", [errno.EPERM, errno.EXDEV, errno.EIO])
+def test_a_file_system_that_cannot_publish_is_refused_and_left_empty(tmp_path, monkeypatch, call, error_number):
+    monkeypatch.setattr(os, call, refusing(error_number))
+    with pytest.raises(ValueError, match=re.escape(os.strerror(error_number))):
+        check_file_system(tmp_path)
+    assert files_in(tmp_path) == {}
+
+
+def test_a_file_system_that_replaces_no_file_is_refused(tmp_path, monkeypatch):
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: refusing(errno.EPERM)() if new.exists() else real(old, new))
+    with pytest.raises(ValueError, match="local disk"):
+        check_file_system(tmp_path)
+    assert files_in(tmp_path) == {}
+
+
+def test_a_file_system_that_gives_back_something_else_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "read_file", lambda path, max_bytes: b"1")
+    with pytest.raises(ValueError, match="it gave other bytes"):
+        check_file_system(tmp_path)
+
+
+def test_a_full_disk_is_no_fault_of_the_file_system(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", refusing(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        check_file_system(tmp_path)

@@ -4,14 +4,17 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 
+from tests.definitions import files_in
 from tests.jobs import ROOT
 from userdiff.dataset import locks
-from userdiff.dataset.layout import LOCK_NAME
+from userdiff.dataset.layout import LOCK_NAME, WRITERS_NAME
 from userdiff.dataset.locks import folder_lock, lock_holder, made_folder, wait_for_writers, writing
 
 HOLDER = """
@@ -155,3 +158,81 @@ def test_a_folder_made_for_nothing_goes_again(tmp_path):
     with made_folder(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "file").touch()
     assert (tmp_path / "a" / "b" / "file").exists()
+
+
+# Locks that are none
+
+
+def to_somebodys_file(make):
+    def prepare(path):
+        (path.parent / "thesis.txt").write_text("my only copy")
+        make(path, path.parent / "thesis.txt")
+
+    return prepare
+
+
+NO_LOCKS = {
+    "hard link": to_somebodys_file(lambda path, other: path.hardlink_to(other)),
+    "link": to_somebodys_file(lambda path, other: path.symlink_to(other)),
+    "link to nothing": lambda path: path.symlink_to("nothing"),
+    "FIFO": os.mkfifo,
+    "folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("prepare", NO_LOCKS.values(), ids=NO_LOCKS)
+@pytest.mark.parametrize("name", [LOCK_NAME, WRITERS_NAME])
+def test_what_is_no_lock_is_not_written_to(tmp_path, prepare, name):
+    prepare(tmp_path / name)
+    before = files_in(tmp_path), sorted(path.name for path in tmp_path.iterdir())
+    for hold in (folder_lock, lambda path: nullcontext(wait_for_writers(path)), writing):
+        if (hold is folder_lock) == (name == LOCK_NAME):
+            with pytest.raises(ValueError, match=f"{name} is no lock of a job's"), hold(tmp_path):
+                pass
+    assert lock_holder(tmp_path) is None
+    assert (files_in(tmp_path), sorted(path.name for path in tmp_path.iterdir())) == before
+
+
+AS_ANOTHER_USER = """
+import os, sys
+from pathlib import Path
+from userdiff.dataset import locks
+
+os.setgid(65534), os.setuid(65534)
+folder = Path(sys.argv[1])
+try:
+    with locks.folder_lock(folder):
+        locks.wait_for_writers(folder, seconds=0)
+        with locks.writing(folder):
+            print("held", (folder / ".userdiff.lock").read_text().startswith("process"))
+except (ValueError, OSError) as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be two users")
+@pytest.mark.parametrize(
+    ("folder_mode", "mode", "is_held", "said"),
+    [
+        (0o777, 0o644, False, "held True"),
+        (0o777, 0o644, True, "is in use by another job (process 7"),
+        (0o777, 0o600, False, "another user's (Permission denied); remove it"),
+        (0o1777, 0o644, False, "another user's (Operation not permitted); remove it"),
+        (0o755, 0o644, False, "PermissionError"),
+    ],
+)
+def test_a_lock_that_another_users_job_left_bars_nobody_for_ever(folder_mode, mode, is_held, said):
+    with tempfile.TemporaryDirectory() as above:  # pytest's folders are closed to others
+        Path(above).chmod(0o755)
+        folder = Path(above) / "out"
+        folder.mkdir()
+        folder.chmod(folder_mode)
+        for name in (LOCK_NAME, WRITERS_NAME):
+            (folder / name).write_text("process 7")
+            (folder / name).chmod(mode)
+        with open(folder / LOCK_NAME) as lock:
+            if is_held:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            command = [sys.executable, "-c", AS_ANOTHER_USER, str(folder)]
+            done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert said in done.stdout

@@ -96,18 +96,49 @@ def test_what_is_no_intact_png_is_an_os_error(data):
 
 
 def test_text_is_read_off_a_png_and_of_a_broken_one_there_is_none(tmp_path):
-    for data, text in ((WHOLE, {"user_id": "1"}), (WHOLE[:-30], None), (b"text", None)):
+    for data, text in ((WHOLE, {"user_id": "1"}), (WHOLE[:-30], {"user_id": "1"}), (WHOLE[:30], None), (b"text", None)):
         (tmp_path / "file").write_bytes(data)
         assert read_text_chunks(tmp_path / "file") == text
     assert read_text_chunks(tmp_path / "missing") is None
 
 
-def test_remains_of_a_job_are_told_from_a_file_of_somebody():
-    ours = encode_png(noise(2, 2, 1), {"userdiff_run": "ab"})
-    for data in (b"", b"\x89PN", WHOLE[:40], bytes(100), b"xx" + ours[5:]):
-        assert is_remains(data)
-    for data in (b"\xff\xd8\xff a photo", b"text"):
-        assert not is_remains(data)
+TEXT = {"user_id": "1", "userdiff_run": "ab"}
+OURS = encode_png(noise(8, 8, 3), TEXT)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [*(OURS[:size] for size in (0, 3, 8, 20, 33, 40, 60, 100, len(OURS) - 1)), b"xx" + OURS[5:], bytes(10**6)],
+)
+def test_remains_of_an_image_are_known(tmp_path, data):
+    (tmp_path / "file").write_bytes(data)
+    assert is_remains(tmp_path / "file", TEXT)
+
+
+OWN = encode_png(noise(64, 64, 3), {"Title": "my own"})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xd8\xff a photo",
+        b"text",
+        OWN,
+        OWN + b"\n",
+        OWN[:-1],
+        OWN[:-200],
+        OWN[:60],
+        encode_png(noise(8, 8, 3), {"user_id": "2"})[:60],
+        crafted_png(width=20000, height=20000),
+        bytes(10**5) + b"text",
+    ],
+)
+def test_a_file_of_somebody_is_no_remains(tmp_path, data):
+    (tmp_path / "file").write_bytes(data)
+    assert not is_remains(tmp_path / "file", TEXT)
+    with open(tmp_path / "file", "wb") as file:
+        file.truncate(10**12)  # zeros, and no room on the disk
+    assert not is_remains(tmp_path / "file", TEXT)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

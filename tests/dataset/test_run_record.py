@@ -74,6 +74,19 @@ DAMAGED = {
     "an entry of no time": with_entry(started="yesterday"),
     "an entry of no zone": with_entry(started="2026-11-23T11:06:00"),
     "an entry that ended never": with_entry(ended=17),
+    **{
+        f"an identity {what}": example_json(identity=identity, run=run_of(identity))
+        for what, identity in {
+            "without a seed": {name: value for name, value in IDENTITY.items() if name != "seed"},
+            "of no number of steps": {**IDENTITY, "num_inference_steps": "20"},
+            "of no users": {**IDENTITY, "user_index": None},
+            "of no user's id": {**IDENTITY, "user_index": {"anna": 0}},
+            "without weights": {**IDENTITY, "vae": {}},
+        }.items()
+    },
+    "an odd level of compression": example_json(numerics={**NUMERICS, "png_compress_level": "fast"}),
+    "more users than the model has": with_entry(user_ids="1-10"),
+    "a thousand million users": with_entry(user_ids=" ".join(f"{k * 2**24 + 1}-{(k + 1) * 2**24}" for k in range(64))),
     "an entry with odd failures": with_entry(failed=[[1, 2, 3]]),
     "an entry with fields of another version": with_entry(mood="good"),
 }
@@ -82,7 +95,7 @@ DAMAGED = {
 EDITED = {
     "another seed": example_json(identity={**IDENTITY, "seed": 43}),
     "an option more": example_json(identity={**IDENTITY, "eta": 0.5}),
-    "users swapped": example_json(identity={**IDENTITY, "user_index": {"1": 1, "2": 0}}),
+    "users swapped": example_json(identity={**IDENTITY, "user_index": {**IDENTITY["user_index"], "1": 1, "2": 0}}),
     "another hash": example_json(run=64 * "0"),
     "no hash": example_json(run=...),
 }

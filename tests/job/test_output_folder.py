@@ -11,16 +11,18 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests.checkpoints import model_flags
+from tests.dataset.test_png import crafted_png
 from tests.definitions import chunks_of, files_in, png_of
 from tests.jobs import finish, images_in, play_processes, run_job, start, tree
-from userdiff.dataset import locks
+from userdiff.dataset import locks, scan
 from userdiff.diffusion import generate
-from userdiff.job import output_folder, store, worker
+from userdiff.job import output_folder, run, store, worker
 from userdiff.job.output_folder import disk_failure
 from userdiff.shutdown import Stopped
 
@@ -99,6 +101,10 @@ def linked_to_another_dataset(out):
     (out / "user_05").symlink_to(out.parent / "other" / "user_05")
 
 
+def cut_record(out):
+    put(out, "run.json", (out / "run.json").read_bytes()[:-3])
+
+
 def without_record(out):
     (out / "run.json").unlink()
 
@@ -115,9 +121,18 @@ IN_THE_WAY = "user_02/generated_003.png was not made by this job or one before i
         (also("notes.txt"), ["--user_ids", 9], "--user_ids: 9 is out of range"),
         (without_record, ["--seed", 43], "has no run.json but holds user_01/generated_000.png, made with another model or"),
         (also("run.json", b""), [], "or start again with --overwrite"),
-        (also("run.json", b"[1, 2"), [], "or start again with --overwrite"),
-        (also("run.json", b"{}"), [], "or start again with --overwrite"),
-        (only("manifest.csv", b"name,age\nAda,36\n"), [], "holds a manifest.csv that no job made"),
+        (cut_record, [], "or start again with --overwrite"),
+        (also("run.json", b'{"run": 1, "identity": {}, "numerics": {}}'), [], "or start again with --overwrite"),
+        *(
+            (prepare, more, f"holds {name}, {MADE_BY_NOBODY}")
+            for more in ([], ["--overwrite"])
+            for name, prepare in {
+                "manifest.csv": only("manifest.csv", b"name,age\nAda,36\n"),
+                "run.json": also("run.json", b'{"tool": "my tracker", "loss": [1, 2, 3]}'),
+                "preview.html": only("preview.html", b"<p>my own page</p>"),
+                "manifest.part-00000.csv": also("manifest.part-00000.csv", b"name,age\nAda,36\n"),
+            }.items()
+        ),
         (only("user_01/generated_000.png"), [], f"no run.json but holds user_01/generated_000.png, {MADE_BY_NOBODY}"),
         (only("user_01/generated_000.png"), ["--overwrite"], f"holds user_01/generated_000.png, {MADE_BY_NOBODY}"),
         (only("user_01/generated_000.png", b"somebody's"), [], f"holds user_01/generated_000.png, {MADE_BY_NOBODY}"),
@@ -202,7 +217,7 @@ def damaged(damage):
         pytest.param(damaged(lambda png: b"????" + png[4:]), [], id="mangled in front"),
         pytest.param(only("notes/todo.txt"), [], id="a folder of other things"),
         pytest.param(shutil.rmtree, ["--overwrite"], id="no folder"),
-        pytest.param(also("run.json", b"[1, 2"), ["--overwrite"], id="damaged record"),
+        pytest.param(cut_record, ["--overwrite"], id="damaged record"),
         pytest.param(also("run.json", b'{"run": 1, "identity": {}, "numerics": {}}'), ["--overwrite"], id="odd record"),
     ],
 )
@@ -212,6 +227,105 @@ def test_what_is_lost_is_made_again_and_the_rest_is_nobodys_business(job, out, r
     assert tree(out) == tree(reference)
     if (out / "notes").exists():
         assert (out / "notes" / "todo.txt").read_bytes() == PNG
+
+
+def edited(out, name):
+    """Give an image other pixels, its text kept, as an image editor does."""
+    with Image.open(out / name) as image:
+        (out / name).write_bytes(png_of(image.text, (30, 30), "white"))
+
+
+@pytest.mark.parametrize("command", ["whole", "killed before it is made again"])
+def test_an_edited_image_is_made_again_and_never_taken_for_finished(job, out, reference, monkeypatch, command):
+    edited(out, "user_03/generated_001.png")
+    if command != "whole":
+        monkeypatch.setattr(run, "make_images", lambda *args, **options: raise_error(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run_job(*job)
+        monkeypatch.undo()
+    assert run_job(*job) == 0
+    assert tree(out) == tree(reference)
+
+
+def raise_error(error):
+    raise error
+
+
+def test_an_edited_image_that_is_not_asked_for_is_not_forgotten(job, out, capsys):
+    edited(out, "user_03/generated_001.png")
+    before = files_in(out)
+    assert run_job(*job, "--user_ids", "1-2") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "user_03/generated_001.png is not as it was made" in error
+    assert files_in(out) == before
+
+
+def test_a_manifest_that_somebody_added_to_is_kept(job, out, reference, capsys):
+    added = "".join(f"{line},train\n" for line in (out / "manifest.csv").read_text().splitlines())
+    for more in ([], ["--overwrite"]):
+        put(out, "manifest.csv", added.encode())
+        assert run_job(*job, *more) == 0
+        copy = out / "manifest.edited-1.csv"
+        assert f"that is kept as {copy}\n" in capsys.readouterr().out
+        assert copy.read_text() == added
+        copy.rename(out.parent / copy.name)
+        assert tree(out) == tree(reference)
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    "content", [encoded("PNG") + b"\n", crafted_png(width=20000, height=20000), PNG[:200], b"text", JPEG]
+)
+def test_an_image_of_ones_own_under_a_name_without_a_row_is_never_written_over(job, out, capsys, content, more):
+    for path, asks in (("user_02/generated_003.png", ["--num_images_per_user", 4]), ("user_02/generated_003.png", [])):
+        put(out, path, content)
+        before = files_in(out)
+        assert run_job(*job, *asks, *more) == (2 if asks else 0)
+        said = capsys.readouterr()
+        assert path in (said.err if asks else said.out + said.err)
+        assert (out / path).read_bytes() == content
+        if asks:
+            assert files_in(out) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "manifest.csv",
+        "preview.html",
+        "manifest.part-00000.csv",
+        ".userdiff.lock",
+        ".userdiff.writers",
+        "user_01/generated_001.png",
+        "user_01/generated_003.png",
+    ],
+)
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/mnt/gone"), lambda path: path.symlink_to(path)]
+)
+def test_what_is_no_file_is_neither_waited_for_nor_replaced(job, out, capsys, name, make):
+    (out / name).unlink(missing_ok=True)
+    make(out / name)
+    before = os.lstat(out / name)
+    for more in ([], ["--overwrite"], ["--dry_run"]):
+        assert run_job(*job, "--num_images_per_user", 4, *more) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert Path(name).name in error
+        assert os.path.samestat(os.lstat(out / name), before)
+
+
+def test_a_systems_files_bother_nobody(job, out, reference):
+    names = (".DS_Store", "user_01/.DS_Store", "user_02/Thumbs.db", "user_02/.nfs000000000a1b2c3d")
+    for name in names:
+        put(out, name, b"x")
+    (out / "run.json").unlink()
+    assert run_job(*job) == 0
+    for name in names:
+        (out / name).unlink()
+    assert tree(out) == tree(reference)
 
 
 def test_what_is_lost_twice_recorded_is_said_once(job, out, capsys):
@@ -291,7 +405,7 @@ def test_locks_are_taken_as_nfs_wants_them(job, reference, tmp_path, monkeypatch
 )  # fmt: skip
 def test_a_signal_ends_the_wait_before_a_job(job, out, monkeypatch, capsys, lost, more):
     """The wait for a writer, or while the images of a folder without this file are read."""
-    read, is_locked = output_folder.read_text_chunks, locks._is_locked
+    read, is_locked = scan.read_text_chunks, locks._is_locked
 
     def read_slowly(path):
         signal.raise_signal(signal.SIGINT)
@@ -308,7 +422,8 @@ def test_a_signal_ends_the_wait_before_a_job(job, out, monkeypatch, capsys, lost
             monkeypatch.setattr(locks, "_is_locked", wait)
         else:
             (out / lost).unlink()
-            monkeypatch.setattr(output_folder, "read_text_chunks", read_slowly)
+            for module in (output_folder, scan):
+                monkeypatch.setattr(module, "read_text_chunks", read_slowly)
         before = {name: data for name, data in files_in(out).items() if not name.startswith(".")}
         assert run_job(*job, *more) == 130
     assert "stopped by SIGINT" in capsys.readouterr().err

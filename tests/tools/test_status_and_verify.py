@@ -127,13 +127,14 @@ FOLDERS = {  # what is done to a finished dataset, None is removal; and what ver
             "extra/notes.txt": b"",
             "notes.txt": b"no harm",
             "user_02/.generated_001.png.tmp-0123abcd": b"",  # the next run's business
-            "user_02/thumbs.db": b"",
+            "user_02/thumbs.txt": b"",
+            **dict.fromkeys(("user_02/Thumbs.db", ".DS_Store", "user_01/.DS_Store", "@eaDir/x.png"), b""),  # a system's
             "user_03": b"",
         },
         [
             ("foreign", "cover.png", "an image beside the user folders hides all labels from loaders"),
             ("foreign", "extra", "loaders take every folder for a class"),
-            ("foreign", "user_02/thumbs.db", "not an image of a job"),
+            ("foreign", "user_02/thumbs.txt", "not an image of a job"),
             ("foreign", "user_03", "a file where a user's folder goes"),
         ],
     ),
@@ -249,9 +250,13 @@ def test_in_a_picture_what_cannot_be_read_is_crossed_out(tmp_path, capsys):
     with Image.open(tmp_path / "picture.png") as image:
         tiles = np.asarray(image.convert("RGB"))
     for user, column in np.ndindex(2, 3):
-        tile = tiles[4 + 20 * user :, 4 + 20 * column :][:16, :16]
+        tile = tiles[4 + 20 * user :, 20 * column - 60 :][:16, :16]  # to their left stands whose they are
         is_crossed_out = (tile[np.eye(16, dtype=bool)] == 128).all() and (tile[1, 2:8] == 211).all()
         assert is_crossed_out == ((user, column) in {(0, 1), (1, 2)})
+    assert (tiles[:20, :-60] < 128).any()
+    assert not np.array_equal(tiles[4:20, :-60], tiles[24:40, :-60])
+    assert main([*picture, "--scale", "2000"]) == 2
+    assert "--picture: 96" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main([*picture, "--scale", "0"])
 

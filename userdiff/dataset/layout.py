@@ -2,6 +2,8 @@
 
 import re
 import secrets
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 RECORD_NAME = "run.json"
@@ -9,6 +11,13 @@ MANIFEST_NAME = "manifest.csv"
 PREVIEW_NAME = "preview.html"
 LOCK_NAME = ".userdiff.lock"
 WRITERS_NAME = ".userdiff.writers"
+PROBE_NAME = ".userdiff.probe"
+PAGE_START = (
+    b'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy"'
+)
+"""How every `preview.html` of ours begins."""
+
+_OWN_NAMES = {RECORD_NAME, MANIFEST_NAME, PREVIEW_NAME, PROBE_NAME}
 
 MAX_IMAGE_INDEX = 2**32 - 1
 LOADED_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
@@ -17,8 +26,14 @@ LOADED_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".ti
 _USER_FOLDER = re.compile(r"user_(\d{2,})", re.ASCII)
 _IMAGE = re.compile(r"generated_(\d{3}|[1-9]\d{3,9})\.png", re.ASCII)
 _PART = re.compile(r"manifest\.part-\d{5,}\.csv")
-_TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
+_TEMPORARY = re.compile(r"\.(.+)\.tmp-[0-9a-f]{8}")
 _SHARED_MARK = re.compile(r"\.userdiff\.shared-[0-9a-f]{16}")
+_SYSTEM = re.compile(
+    r"\.DS_Store|\.directory|\.localized|\.Spotlight-V100|\.Trashes|\.Trash-\d+|\.fseventsd|\.TemporaryItems|\.AppleDouble|"
+    r"\._\.DS_Store|Thumbs\.db|ehthumbs\.db|desktop\.ini|@eaDir|#recycle|@Recycle|\$RECYCLE\.BIN|System Volume Information|"
+    r"lost\+found|\.nfs[0-9a-f]+|\.fuse_hidden[0-9a-f]+|\.snapshots?|\.zfs|\.ipynb_checkpoints",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 def file_name(user_id: int, image_index: int) -> str:
@@ -65,14 +80,25 @@ def part_paths(output_dir: Path) -> list[Path]:
     return sorted(path for path in output_dir.glob("manifest.part-*.csv") if _PART.fullmatch(path.name))
 
 
+def edited_paths(output_dir: Path) -> Iterator[Path]:
+    """Yield the names that a manifest gets which somebody added to, before a new one is written."""
+    return (output_dir / f"manifest.edited-{number}.csv" for number in count(1))
+
+
 def temporary_path(path: Path) -> Path:
     """Return a new name beside `path`, for a file that is renamed to `path` once it is whole."""
     return path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a name is one that `temporary_path` gives."""
-    return _TEMPORARY.fullmatch(name) is not None
+    """Return whether a name is one that `temporary_path` gives for a file of a dataset."""
+    match = _TEMPORARY.fullmatch(name)
+    return match is not None and (match[1] in _OWN_NAMES or parse_image(match[1]) is not None)
+
+
+def is_system(name: str) -> bool:
+    """Return whether an operating system or a file server leaves files or folders of this name, as `.DS_Store`."""
+    return _SYSTEM.fullmatch(name) is not None
 
 
 def shared_mark_path(output_dir: Path) -> Path:

@@ -1,24 +1,27 @@
 """Locks that keep a dataset's folder to one job at a time, and keep the writers of an earlier job out.
 
-Both locks belong to the operating system (`flock`), so a killed process leaves none behind.
+Both locks belong to the operating system (`flock`), so a killed process leaves none behind, but a file without a lock.
 """
 
 import errno
 import fcntl
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any
 
+from userdiff.dataset.files import check_regular, open_file
 from userdiff.dataset.layout import LOCK_NAME, WRITERS_NAME
 
 LOCK_SECONDS = 1.0  # a process that only checks whether a folder is held has its lock for an instant
 WRITERS_SECONDS = 15.0  # time for the writers of a job that was just killed to exit
 _POLL_SECONDS = 0.05
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+_HOLDER_BYTES = 300
 
 
 @contextmanager
@@ -38,7 +41,7 @@ def made_folder(path: Path) -> Iterator[None]:
 def folder_lock(output_dir: Path) -> Iterator[None]:
     """Lock a folder for one job; raises ValueError if another job has it, or if the file system has no locks."""
     path = output_dir / LOCK_NAME
-    was_there = path.exists()
+    was_there = os.path.lexists(path)
     try:
         file = _acquire(path, LOCK_SECONDS)
     except OSError as error:
@@ -59,14 +62,15 @@ def folder_lock(output_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # while held: whoever opened it meanwhile finds it gone, and opens it anew
+            with suppress(OSError):  # some file systems remove no open file; a file without a lock bars nobody
+                path.unlink()  # while held: whoever opened it meanwhile finds it gone, and opens it anew
 
 
 def lock_holder(output_dir: Path) -> str | None:
     """Return which process holds a folder now, or None. Only needs permission to read the lock's file."""
     path = output_dir / LOCK_NAME
     try:
-        with open(path) as file:
+        with open_file(path) as file:
             return None if _is_locked(file, fcntl.LOCK_SH) else _holder(path)
     except OSError:
         return None
@@ -75,7 +79,7 @@ def lock_holder(output_dir: Path) -> str | None:
 @contextmanager
 def writing(output_dir: Path) -> Iterator[None]:
     """Hold a shared lock while this process may write images; `wait_for_writers` on any machine waits for it."""
-    with open(output_dir / WRITERS_NAME, "a+") as file:  # NFSv4 grants a shared lock only on a file open for reading
+    with _open(output_dir / WRITERS_NAME) as file:  # NFSv4 grants a shared lock only on a file open for reading
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 
@@ -95,29 +99,68 @@ def wait_for_writers(
             f"a process of an earlier job still has {output_dir} open for writing, maybe on another machine; end it first, "
             "or use another folder"
         )
-    with file:
+    with file, suppress(OSError):
         path.unlink()  # while nobody has it; whoever writes next makes a new one
 
 
-def _acquire(path: Path, seconds: float, on_poll: Callable[[], None] = lambda: None) -> TextIO | None:
+def _open(path: Path) -> IO[Any]:
+    """Open a lock's file, which is made where there is none; raises ValueError for what no job has made.
+
+    One that another user's job has left, and that cannot be written to, is open for reading alone.
+    """
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise ValueError(f"{path} is no lock of a job's, but a link, a folder or the like; move it away")
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor, mode = os.open(path, flags | os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o666), "a+"
+    except PermissionError as error:
+        if not path.exists():
+            raise  # it is the folder that cannot be written to
+        try:
+            descriptor, mode = os.open(path, flags | os.O_RDONLY), "r"
+        except PermissionError:
+            raise error from None
+    try:
+        check_regular(descriptor, path)
+        return open(path, mode, opener=lambda *_: descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _acquire(path: Path, seconds: float, on_poll: Callable[[], None] = lambda: None) -> IO[Any] | None:
     """Open a file and lock it exclusively; returns None if others still hold it after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
-        file = open(path, "a+")  # noqa: SIM115 - the caller's, if it is locked
         try:
-            if _is_locked(file, fcntl.LOCK_EX) and _is_still(file, path):
-                return file
-        except BaseException:
-            file.close()
+            file = _open(path)
+            try:
+                is_ours = _is_locked(file, fcntl.LOCK_EX) and _is_still(file, path)
+                if is_ours and file.writable():
+                    return file
+                if is_ours:  # now; another user's job left it. The next one is made anew
+                    path.unlink()
+            except BaseException:
+                file.close()
+                raise
+        except PermissionError as error:
+            if os.path.lexists(path) and os.access(path.parent, os.W_OK):
+                raise ValueError(
+                    f"{path} is another user's ({error.strerror}); remove it if no job of theirs runs"
+                ) from error
             raise
         file.close()
+        if is_ours:
+            continue
         if time.monotonic() > deadline:
             return None
         on_poll()
         time.sleep(_POLL_SECONDS)
 
 
-def _is_locked(file: TextIO, kind: int) -> bool:
+def _is_locked(file: IO[Any], kind: int) -> bool:
     """Try to lock a file without waiting; returns whether that succeeded."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -126,7 +169,7 @@ def _is_locked(file: TextIO, kind: int) -> bool:
     return True
 
 
-def _is_still(file: TextIO, path: Path) -> bool:
+def _is_still(file: IO[Any], path: Path) -> bool:
     """Return whether an open file still has its name: the process that held it before may have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
@@ -136,6 +179,7 @@ def _is_still(file: TextIO, path: Path) -> bool:
 
 def _holder(path: Path) -> str:
     try:
-        return path.read_text() or "unknown"
+        with open_file(path) as file:
+            return file.read(_HOLDER_BYTES).decode(errors="replace") or "unknown"
     except OSError:
         return "unknown"

@@ -1,14 +1,16 @@
 """The manifest: one CSV row per finished image; a part per process while running, then one sorted file."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from threading import Lock
 
 from userdiff.dataset.atomic import errors_naming, publish
-from userdiff.dataset.layout import MANIFEST_NAME, part_paths
-from userdiff.dataset.rows import HEADER, Row, Rows, Trust, read_lines, slices
+from userdiff.dataset.files import open_file
+from userdiff.dataset.layout import MANIFEST_NAME, edited_paths, part_paths
+from userdiff.dataset.rows import HEADER, Row, Rows, Trust, is_row, lines, read_lines, slices
 
 _PIECE_BYTES = 2**18
 _SLICE = 1000  # rows that are written at a time
@@ -20,7 +22,8 @@ class PartWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = Lock()  # rows come from several writer threads
-        self._file = open(path, "w", encoding="utf-8", newline="")  # noqa: SIM115 - closed by __exit__
+        path.unlink(missing_ok=True)  # what it leads to is not written to
+        self._file = open(path, "x", encoding="utf-8", newline="")  # noqa: SIM115 - closed by __exit__
         self._file.write(HEADER)
 
     def append(self, row: Row) -> None:
@@ -45,19 +48,35 @@ def num_part_rows(output_dir: Path) -> int:
 def recorded_rows(output_dir: Path, *, trust_manifest: bool = False, trust_parts: bool = False) -> Rows:
     """Read the rows of the manifest and of all parts.
 
+    The parts first: a merge that ends meanwhile has put their rows into the manifest before it removes them.
+
     A manifest is trusted if it still has the hash it was published with; otherwise it was damaged or edited. Parts of the
     current run are trusted; parts of an interrupted run may name files that a power cut has emptied.
     """
-    rows = Rows(read_lines(output_dir / MANIFEST_NAME), Trust.RECORDED if trust_manifest else Trust.CLAIMED)
     of_parts = chain.from_iterable(map(read_lines, part_paths(output_dir)))
-    rows.extend(of_parts, Trust.RECORDED if trust_parts else Trust.CLAIMED)
+    rows = Rows(of_parts, Trust.RECORDED if trust_parts else Trust.CLAIMED)
+    rows.extend(read_lines(output_dir / MANIFEST_NAME), Trust.RECORDED if trust_manifest else Trust.CLAIMED)
     return rows
 
 
 def is_manifest(path: Path) -> bool:
-    """Return whether a file begins as a manifest does."""
-    with open(path, "rb") as file:
-        return file.readline() in (b"", HEADER.encode())
+    """Return whether a file begins as a manifest or a part does, as far as it goes."""
+    with open_file(path) as file:
+        start = file.read(len(HEADER))
+    return HEADER.encode().startswith(start) or not start.strip(b"\0")  # as a power cut leaves it
+
+
+def keep_edited(output_dir: Path) -> Path | None:
+    """Rename a manifest that holds more than rows, such as a column that somebody added; returns its new path.
+
+    Call it before a manifest that is not as it was published is written anew.
+    """
+    path = output_dir / MANIFEST_NAME
+    if all(is_row(line) or not line.strip("\0") for line in lines(path)):  # zeros: as a power cut leaves it
+        return None
+    edited = next(edited for edited in edited_paths(output_dir) if not os.path.lexists(edited))
+    path.rename(edited)
+    return edited
 
 
 def write_manifest(output_dir: Path, rows: Iterable[Row]) -> str:
@@ -66,8 +85,8 @@ def write_manifest(output_dir: Path, rows: Iterable[Row]) -> str:
     digest = hashlib.sha256()
 
     def pieces() -> Iterator[bytes]:
-        for lines in slices(chain([HEADER], (row.line for row in rows)), _SLICE):
-            piece = "".join(lines).encode()
+        for some in slices(chain([HEADER], (row.line for row in rows)), _SLICE):
+            piece = "".join(some).encode()
             digest.update(piece)
             yield piece
 
@@ -78,17 +97,22 @@ def write_manifest(output_dir: Path, rows: Iterable[Row]) -> str:
 
 
 def manifest_sha256(output_dir: Path) -> str | None:
-    """Return the SHA-256 of a folder's manifest; None where there is none."""
+    """Return the SHA-256 of a folder's manifest; None where there is none.
+
+    Of a file that does not begin as a manifest, the beginning alone is read.
+    """
     path = output_dir / MANIFEST_NAME
     if not path.is_file():
         return None
     digest = hashlib.sha256()
-    for piece in _pieces(path):
+    for number, piece in enumerate(_pieces(path)):
         digest.update(piece)
+        if number == 0 and not piece.startswith(HEADER.encode()):
+            break
     return digest.hexdigest()
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while piece := file.read(_PIECE_BYTES):
             yield piece

@@ -1,16 +1,28 @@
-"""Images as PNG files: encoding with text chunks, decoding, and reading a file's size and text."""
+"""Images as PNG files: encoding with text chunks, decoding, and reading a file's size and text.
+
+What lies under an image's name may be anybody's, and anything. It is read by its header first: a file of 700 kB may decode
+to 700 MB. Of large images one is open at a time, whatever the number of threads.
+"""
 
 import io
+import os
 import struct
+import threading
+import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from userdiff.dataset.files import open_file
+
 RUN_CHUNK = "userdiff_run"
+MAX_PIXELS = 2**24
+"""Of an image: 4096 x 4096. No job makes a larger one, and none is decoded."""
 MAX_FAST_LEVEL = 3  # of compression: up to here every row has one fixed filter, beyond it Pillow chooses row by row
 
 _START = b"\x89PNG\r\n\x1a\n"
@@ -18,6 +30,12 @@ _END = b"\0\0\0\0IEND\xaeB`\x82"
 _RUN_MARK = b"tEXt" + RUN_CHUNK.encode()
 _COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # channels -> the number in a PNG's header
 _SUB = 1  # the filter that subtracts from each pixel the one to its left
+_HEADER_BYTES = 33  # of the start and the first chunk, which says the size
+_TEXT_BYTES = 2**16  # more than the chunks with text take, which come next
+_LARGE = 2**20  # pixels
+
+_large_images = threading.Lock()
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is far below its limit
 
 
 def encode_png(pixels: NDArray[np.uint8], text: Mapping[str, str], compress_level: int = 6) -> bytes:
@@ -28,18 +46,34 @@ def encode_png(pixels: NDArray[np.uint8], text: Mapping[str, str], compress_leve
     """
     if pixels.shape[2] not in _COLOUR_TYPES:
         raise ValueError(f"a PNG has 1, 3 or 4 channels, the VAE makes {pixels.shape[2]}")
-    chunks = PngImagePlugin.PngInfo()
-    for key, value in text.items():
-        chunks.add_text(key, value)
     if compress_level <= MAX_FAST_LEVEL:
-        return _encode_fast(pixels, chunks, compress_level)
+        return _encode_fast(pixels, text, compress_level)
     buffer = io.BytesIO()
     image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
-    image.save(buffer, format="PNG", pnginfo=chunks, compress_level=compress_level)
+    image.save(buffer, format="PNG", pnginfo=_text_info(text), compress_level=compress_level)
     return buffer.getvalue()
 
 
-def _encode_fast(pixels: NDArray[np.uint8], chunks: PngImagePlugin.PngInfo, compress_level: int) -> bytes:
+def _text_info(text: Mapping[str, str]) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    return info
+
+
+def _chunks(*contents: tuple[bytes, bytes]) -> bytes:
+    """Return chunks, (kind, content) each, as a file has them."""
+    buffer = io.BytesIO()
+    for kind, content in contents:
+        PngImagePlugin.putchunk(buffer, kind, content)
+    return buffer.getvalue()
+
+
+def _text_chunks(text: Mapping[str, str]) -> bytes:
+    return _chunks(*((kind, content) for kind, content, _ in _text_info(text).chunks))
+
+
+def _encode_fast(pixels: NDArray[np.uint8], text: Mapping[str, str], compress_level: int) -> bytes:
     """Write a PNG chunk by chunk, every row with the filter Sub (PNG specification, 5.6, 9.2 and 11.2)."""
     height, width, channels = pixels.shape
     rows = pixels.reshape(height, width * channels)
@@ -48,13 +82,39 @@ def _encode_fast(pixels: NDArray[np.uint8], chunks: PngImagePlugin.PngInfo, comp
     filtered[:, 1 : 1 + channels] = rows[:, :channels]
     np.subtract(rows[:, channels:], rows[:, :-channels], out=filtered[:, 1 + channels :])
     header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
-    texts = [(kind, content) for kind, content, _ in chunks.chunks]
     pixel_data = zlib.compress(filtered.data, compress_level)
-    buffer = io.BytesIO()
-    buffer.write(_START)
-    for kind, content in [(b"IHDR", header), *texts, (b"IDAT", pixel_data), (b"IEND", b"")]:
-        PngImagePlugin.putchunk(buffer, kind, content)
-    return buffer.getvalue()
+    end = _chunks((b"IDAT", pixel_data), (b"IEND", b""))
+    return _START + _chunks((b"IHDR", header)) + _text_chunks(text) + end
+
+
+@contextmanager
+def read_png(path: Path) -> Iterator[bytes]:
+    """Read a file that may be a job's image; raises OSError for one that is no PNG, or larger than its header explains."""
+    with open_file(path) as file:
+        header = file.read(_HEADER_BYTES)
+        width, height = png_size(header)
+        num_bytes = os.fstat(file.fileno()).st_size
+        if width * height > MAX_PIXELS or num_bytes > width * height * 8 + _TEXT_BYTES:
+            raise OSError(f"{num_bytes} bytes and {width} x {height} pixels, more than a job writes")
+        with _one_of_large(width * height):
+            yield header + file.read(num_bytes - len(header))
+
+
+@contextmanager
+def open_image(path: Path, formats: tuple[str, ...] = ("PNG",)) -> Iterator[Image.Image]:
+    """Open an image with Pillow, which decodes it when it is first used; raises one of many errors where it cannot be read.
+
+    formats: others are not even tried. For some, such as EPS, Pillow runs other programs.
+    """
+    with open_file(path) as file, Image.open(file, formats=formats) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise OSError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        with _one_of_large(image.width * image.height):
+            yield image
+
+
+def _one_of_large(num_pixels: int) -> "threading.Lock | nullcontext[None]":
+    return _large_images if num_pixels > _LARGE else nullcontext()
 
 
 def decode_png(data: bytes) -> tuple[tuple[int, int], dict[str, str]]:
@@ -77,23 +137,32 @@ def decode_png(data: bytes) -> tuple[tuple[int, int], dict[str, str]]:
 
 def png_size(data: bytes) -> tuple[int, int]:
     """Read (width, height) off a PNG's first chunk; raises OSError where it has none."""
-    if data[:8] != _START or data[12:16] != b"IHDR":
+    if data[:8] != _START or data[12:16] != b"IHDR" or len(data) < _HEADER_BYTES:
         raise OSError("not a PNG")
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
 
 def read_text_chunks(path: Path) -> dict[str, str] | None:
-    """Read a PNG's text chunks, without its pixels; None where it cannot be read as a PNG."""
+    """Read the text chunks before a PNG's pixels, without these; None where it cannot be read as a PNG."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return dict(getattr(image, "text", {}))
+        with open_image(path) as image:
+            return {str(key): str(value) for key, value in image.info.items() if isinstance(value, str)}
     except Exception:  # Pillow raises a dozen kinds for a broken PNG
         return None
 
 
-def is_remains(data: bytes) -> bool:
-    """Return whether a file that is no intact PNG may be a job's: cut short, mangled, or zeros after a power cut."""
-    return data.startswith(_START) or _START.startswith(data) or not data.strip(b"\0") or _RUN_MARK in data
+def is_remains(path: Path, text: Mapping[str, str] | None = None) -> bool:
+    """Return whether a file that is no intact PNG is what is left of a job's image: cut short, mangled, or zeros.
+
+    text: its text chunks, by which a file that ends within them is known. Raises OSError where the file cannot be read.
+    """
+    with open_file(path) as file:
+        start = file.read(_TEXT_BYTES)
+        if not start.strip(b"\0"):  # as a power cut leaves a file
+            is_small = os.fstat(file.fileno()).st_size <= MAX_PIXELS * 8
+            return is_small and not any(piece.strip(b"\0") for piece in iter(lambda: file.read(_LARGE), b""))
+    begins_as_png = _START.startswith(start[:8]) and b"IHDR".startswith(start[12:16])
+    return _RUN_MARK in start or (begins_as_png and _text_chunks(text or {}).startswith(start[_HEADER_BYTES:]))
 
 
 def is_flat(pixels: NDArray[np.uint8]) -> bool:

@@ -6,6 +6,7 @@ Ten million rows take 0.6 GB, and all rows of a user are compared with its files
 import re
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
+from io import TextIOWrapper
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -13,12 +14,16 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from userdiff.dataset.files import open_file
 from userdiff.dataset.layout import MAX_IMAGE_INDEX, file_name
+from userdiff.dataset.png import MAX_PIXELS
 
 MAX_BYTES = 2**32 - 1  # of a file, as far as a row can tell its size
 
 _CONDITIONINGS = ("trained", "random")
 _AT_ONCE = 2000  # rows that are Python objects at a time
+_LINE_CHARS = 1000  # more than a row has
+_MAX_LINE = 2**20
 
 T = TypeVar("T")
 
@@ -100,17 +105,41 @@ def _parse(line: str) -> Row | None:
     user_id, index, seed, steps = map(int, planned)
     width, height, num_bytes = int(wide), int(high), int(size)
     fits_4 = index <= _MAX_4 and seed <= _MAX_4 and num_bytes <= _MAX_4
-    fits_2 = steps <= _MAX_2 and width <= _MAX_2 and height <= _MAX_2
+    fits_2 = steps <= _MAX_2 and width <= _MAX_2 and height <= _MAX_2 and width * height <= MAX_PIXELS
     if not (fits_4 and fits_2) or name != file_name(user_id, index):
         return None
     return Row(name, user_id, index, seed, steps, conditioning, width, height, num_bytes, sha256)
 
 
 def read_lines(path: Path) -> Iterator[Row]:
-    """Yield the rows of a manifest or a part in the order of their lines; nothing where there is no such file."""
+    """Read the rows of a manifest or a part, in the order of their lines; nothing where there is no such file.
+
+    What comes after a line of _MAX_LINE characters is not read: a file may be a terabyte of zeros.
+    """
+    return filter(None, map(_parse, lines(path)))
+
+
+def lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a manifest or a part as `read_lines` reads them."""
     if path.is_file():
-        with open(path, encoding="ascii", errors="replace", newline="\n") as file:
-            yield from filter(None, map(_parse, file))
+        try:
+            opened = open_file(path)
+        except FileNotFoundError:  # a part, merged meanwhile
+            return
+        with TextIOWrapper(opened, encoding="ascii", errors="replace", newline="\n") as file:
+            while line := file.readline(_LINE_CHARS):
+                yield line
+                length = len(line)
+                while length >= _LINE_CHARS and not line.endswith("\n"):  # no row; what follows it may be one
+                    line = file.readline(_LINE_CHARS)
+                    length += len(line)
+                    if not line or length > _MAX_LINE:
+                        return
+
+
+def is_row(line: str) -> bool:
+    """Return whether a line of a manifest is a row as a job writes it, or the header."""
+    return line == HEADER or _parse(line) is not None
 
 
 class Rows:
@@ -176,13 +205,14 @@ class Rows:
         """Return where in `array` a user's rows are."""
         return self.places.get(user_id, slice(0, 0))
 
-    def of_image(self, user_id: int, image_index: int) -> list[Row]:
-        """Return the rows of an image, the best last."""
+    def of_image(self, user_id: int, image_index: int, trust: Trust = Trust.CLAIMED) -> list[Row]:
+        """Return the rows of an image that have at least this trust, the best last."""
         if not 0 <= image_index <= MAX_IMAGE_INDEX:  # as an edited record may have it
             return []
         of_user, key = self.of_user(user_id), np.uint32(image_index)  # any other type would cast the whole column
         first, last = (np.searchsorted(of_user["image_index"], key, side) for side in ("left", "right"))
-        return as_rows(of_user[first:last])
+        of_image = of_user[first:last]
+        return as_rows(of_image[of_image["trust"] >= trust])
 
     def image_indices(self) -> dict[int, NDArray[np.uint32]]:
         """Return the images that have rows: user id -> [number] image indices, ascending."""

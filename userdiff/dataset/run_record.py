@@ -5,11 +5,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from userdiff.dataset.atomic import publish
+from userdiff.dataset.files import open_file, read_file
 from userdiff.dataset.layout import RECORD_NAME
 from userdiff.identity import differences, identity_hash
 from userdiff.seeds import Item
@@ -18,6 +20,9 @@ from userdiff.text import id_range
 
 NUMERICS_DEFAULTS = {"png_compress_level": 6}
 """Values for records from before these were noted."""
+MAX_BYTES = 2**28  # of a record: eight million failed images
+_START = b'{\n  "run": "'
+_START_BYTES = 2**14
 _ODD = (ValueError, LookupError, TypeError, AttributeError, OverflowError, argparse.ArgumentTypeError)
 
 
@@ -56,16 +61,19 @@ class RunEntry:
         if not all(isinstance(value, kind) for kind, values in kinds for value in values):
             raise TypeError(self)
         for number in (self.num_processes, self.num_images_per_user, self.published):
-            if type(number) is not int or number < 0:
+            if type(number) is not int or not 0 <= number <= 2**64:
                 raise TypeError(self)
         self.failed = [(int(user_id), int(image_index)) for user_id, image_index in self.failed]
-        self.wanted()
+        self.id_ranges()
         self.seconds(datetime.now(timezone.utc))
+
+    def id_ranges(self) -> list[range]:
+        """Return the users that were asked for."""
+        return list(map(id_range, self.user_ids.split()))
 
     def wanted(self) -> dict[int, int]:
         """Return what was asked for: user id -> images."""
-        ids = (user_id for text in self.user_ids.split() for user_id in id_range(text))
-        return dict.fromkeys(ids, self.num_images_per_user)
+        return dict.fromkeys(chain.from_iterable(self.id_ranges()), self.num_images_per_user)
 
     def seconds(self, now: datetime | None = None) -> float | None:
         """Return how long the run took, until `now` if it has not ended; None where that cannot be told.
@@ -128,21 +136,42 @@ class RunRecord:
             entry.state, entry.cause = "failed", str(error) or type(error).__name__
         self.publish(output_dir)
 
+    def check(self) -> None:
+        """Raise one of _ODD for values that no job writes."""
+        identity, numerics = self.identity, self.numerics
+        weights = [identity["vae"]["weights"], identity["unet"]["weights"], identity["condition_encoder"]]
+        level = numerics.get("png_compress_level", 6)
+        numbers = (
+            (numerics["batch_size"], 1, 2**16),
+            (level, 0, 9),
+            (identity["num_inference_steps"], 1, 2**31),
+            (identity["seed"], -(2**64), 2**64),
+            *((row, 0, 2**31) for row in identity["user_index"].values()),
+            *((int(user_id), 0, 2**63) for user_id in identity["user_index"]),
+        )
+        if not all(type(number) is int and low <= number <= high for number, low, high in numbers):
+            raise TypeError(numbers)
+        if not (isinstance(identity["noise_schedule"], dict) and all(isinstance(text, str) for text in weights)):
+            raise TypeError(identity)
+        for entry in self.history:
+            if sum(map(len, entry.id_ranges())) > len(identity["user_index"]):
+                raise ValueError(entry.user_ids)
+
     @classmethod
     def read(cls, output_dir: Path) -> "RunRecord | None":
         """Read a folder's record; None where there is none, ValueError where it is damaged or was edited."""
         path = output_dir / RECORD_NAME
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(read_file(path, MAX_BYTES))
+            if not isinstance(content["history"], list):
+                raise TypeError(content["history"])
             record = cls(
                 identity=content["identity"],
                 numerics=content["numerics"],
                 history=[RunEntry(**entry) for entry in content["history"]],
                 manifest_sha256=content.get("manifest_sha256"),
             )
-            kinds = [type(content["history"]), type(record.identity), type(record.numerics["batch_size"])]
-            if kinds != [list, dict, int] or not 1 <= record.numerics["batch_size"] <= 2**16:
-                raise TypeError(kinds)
+            record.check()
             is_edited = content.get("run") != record.run
         except FileNotFoundError:
             return None
@@ -157,6 +186,14 @@ class RunRecord:
                 "again with --overwrite"
             )
         return record
+
+
+def is_record(path: Path) -> bool:
+    """Return whether a file is a job's record, whole or not."""
+    with open_file(path) as file:
+        start = file.read(_START_BYTES)
+    has_our_fields = b'"identity"' in start and b'"numerics"' in start  # as somebody's editor may write it anew
+    return start.startswith(_START) or _START.startswith(start) or not start.strip(b"\0") or has_our_fields
 
 
 def now() -> str:

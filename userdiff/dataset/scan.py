@@ -1,9 +1,12 @@
-"""Which images of a dataset are finished: the files in its folder, compared with its rows."""
+"""Which images of a dataset are finished, and what in its folder is not of jobs: its files, compared with its rows."""
 
+import errno
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from userdiff.dataset import layout
-from userdiff.dataset.manifest import manifest_sha256, recorded_rows
-from userdiff.dataset.png import RUN_CHUNK, decode_png, is_remains, png_size
+from userdiff.dataset.files import open_file
+from userdiff.dataset.manifest import is_manifest, manifest_sha256, recorded_rows
+from userdiff.dataset.png import RUN_CHUNK, decode_png, is_remains, png_size, read_png, read_text_chunks
 from userdiff.dataset.recipe import Recipe
 from userdiff.dataset.rows import MAX_BYTES, Row, Rows, Trust, slices
+from userdiff.dataset.run_record import is_record
 from userdiff.seeds import Item
 
 READER_THREADS = 8
@@ -42,7 +47,7 @@ class UserFolder(NamedTuple):
     num_bytes: NDArray[np.uint32]
     """[number] their sizes; MAX_BYTES stands for any larger one too."""
     foreign: list[str]
-    """Names of everything else but temporaries, sorted."""
+    """Names of everything else but temporaries and what a system leaves, sorted."""
 
     def without_row(self, rows: Rows) -> NDArray[np.uint32]:
         """Return the images that have a file, and no row among these (one per image): [number], ascending."""
@@ -58,16 +63,25 @@ def user_folders(output_dir: Path) -> Iterator[UserFolder]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 image_index = layout.parse_image(entry.name) if user_id is not None else None
-                try:
-                    if image_index is not None and entry.is_file():
-                        images.extend((image_index, min(entry.stat().st_size, MAX_BYTES)))
-                    elif not layout.is_temporary(entry.name):
-                        foreign.append(entry.name)
-                except FileNotFoundError:  # gone since it was listed
-                    continue
+                if image_index is not None and (num_bytes := _size(entry)) is not None:
+                    images.extend((image_index, min(num_bytes, MAX_BYTES)))
+                elif image_index is not None and not os.path.lexists(entry.path):
+                    continue  # gone since it was listed
+                elif not layout.is_temporary(entry.name) and not layout.is_system(entry.name):
+                    foreign.append(entry.name)
         table = np.frombuffer(images, np.uint64).astype(np.uint32).reshape(-1, 2)
         image_indices, num_bytes = table[np.argsort(table[:, 0])].T.copy()
         yield UserFolder(folder.name, -1 if user_id is None else user_id, image_indices, num_bytes, sorted(foreign))
+
+
+def _size(entry: "os.DirEntry[str]") -> int | None:
+    """Return the size of a file, or of the one that a link leads to; None for a folder, a FIFO, a link to nowhere or to itself."""
+    try:
+        return entry.stat().st_size if entry.is_file() else None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
 
 
 def have_files(folders: Iterable[UserFolder], rows: Rows) -> NDArray[np.bool_]:
@@ -93,7 +107,9 @@ class Finished(NamedTuple):
     foreign_files: list[str]
     """Paths, relative to the folder, of what lies beside the images in the users' folders."""
     foreign_images: list[Item]
-    """Files under an image's name that have no row, are not this recipe's, and are no remains of a job's image."""
+    """What lies under an image's name and is no file, or has no row, is not this recipe's, and no remains of a job's image."""
+    edited: list[Item]
+    """Of the lost ones, those whose file says that it is the image, and is not what the row says: somebody has changed it."""
     has_manifest: bool
     """Whether the manifest is as it was published."""
 
@@ -121,6 +137,8 @@ def find_finished(
     is_trusted = agrees & rows.is_best() & (rows.array["trust"] == Trust.RECORDED)
     rows.array["trust"][is_trusted & have_files(folders, rows)] = Trust.FINISHED
 
+    rows.array["trust"][~agrees] = Trust.CLAIMED
+
     # Whatever else lies under an image's name is read: it may prove itself, or be somebody's.
     to_read: dict[int, NDArray[np.uint32]] = {}
     for folder in folders:
@@ -128,17 +146,18 @@ def find_finished(
         finished = of_user["image_index"][of_user["trust"] == Trust.FINISHED]
         to_read[folder.user_id] = np.setdiff1d(folder.image_indices, finished, assume_unique=True)
     items = ((user_id, image_index) for user_id, indices in to_read.items() for image_index in indices.tolist())
-    foreign_images: list[Item] = []
+    found: dict[_Kind, list[Item]] = {kind: [] for kind in _Kind}
 
-    def prove(item: Item) -> tuple[Item, Row | None, bool]:
-        return (item, *_prove(output_dir, recipe, item, rows.of_image(*item)))
+    def prove(item: Item) -> tuple[Item, Row | _Kind | None]:
+        recorded = rows.of_image(*item, Trust.RECORDED)
+        return item, _prove(output_dir, recipe, item, recorded or rows.of_image(*item), is_recorded=bool(recorded))
 
     def proven_rows() -> Iterator[Row]:
-        for item, row, is_foreign in track(read_all(prove, items), sum(map(len, to_read.values()))):
-            if row:
-                yield row
-            elif is_foreign and not rows.of_image(*item):
-                foreign_images.append(item)
+        for item, proof in track(read_all(prove, items), sum(map(len, to_read.values()))):
+            if isinstance(proof, Row):
+                yield proof
+            elif proof is _Kind.EDITED or (proof is _Kind.FOREIGN and not rows.of_image(*item)):
+                found[proof].append(item)
 
     proven = Rows(proven_rows())
     rows.keep(agrees)
@@ -147,30 +166,54 @@ def find_finished(
     is_finished = rows.array["trust"] == Trust.FINISHED
     lost = rows.array[["user_id", "image_index"]][~is_finished].tolist()
     rows.keep(is_finished)
-    foreign_files = [f"{folder.name}/{name}" for folder in folders for name in folder.foreign]
-    return Finished(rows, lost, foreign_files, sorted(foreign_images), has_manifest)
+    foreign_files = []
+    for folder in folders:
+        for name in folder.foreign:
+            if folder.user_id >= 0 and (image_index := layout.parse_image(name)) is not None:
+                found[_Kind.FOREIGN].append((folder.user_id, image_index))
+            else:
+                foreign_files.append(f"{folder.name}/{name}")
+    return Finished(
+        rows,
+        lost,
+        foreign_files,
+        foreign_images=sorted(found[_Kind.FOREIGN]),
+        edited=sorted(found[_Kind.EDITED]),
+        has_manifest=has_manifest,
+    )
 
 
-def _prove(output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row]) -> tuple[Row | None, bool]:
-    """Read a file under an image's name; returns (row, is_foreign).
+class _Kind(Enum):
+    """What a file under an image's name is that is neither the image nor its remains."""
 
-    The row is that of a claim with the file's hash, or what the recipe gives for its text chunks; None if neither holds.
+    FOREIGN = auto()
+    EDITED = auto()
+
+
+def _prove(
+    output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row], *, is_recorded: bool
+) -> Row | _Kind | None:
+    """Read a file under an image's name; returns the row that it proves to be right, or whose it is if not a job's.
+
+    The row is that of a claim with the file's hash, or what the recipe gives for its text chunks. Where a claim is recorded,
+    text chunks prove nothing: whoever edits an image keeps them.
     """
     path = output_dir / layout.file_name(*item)
     try:
-        data = path.read_bytes()
+        with read_png(path) as data:
+            for claim in claims:
+                if claim == recipe.row(*item, size=png_size(data), png=data):
+                    return claim
+            size, text = decode_png(data)
+            if text.get(RUN_CHUNK) != recipe.run:
+                return _Kind.FOREIGN
+            if text != recipe.text_chunks(*item):
+                return None
+            return _Kind.EDITED if is_recorded else recipe.row(*item, size=size, png=data)
     except OSError:
-        return None, False  # it is made again
-    try:
-        for claim in claims:
-            if claim == recipe.row(*item, size=png_size(data), png=data):
-                return claim, False
-        size, text = decode_png(data)
-    except OSError:
-        return None, not is_remains(data)
-    if text == recipe.text_chunks(*item):
-        return recipe.row(*item, size=size, png=data), False
-    return None, text.get(RUN_CHUNK) != recipe.run
+        with suppress(OSError):  # what cannot be read is left alone
+            return None if is_remains(path, recipe.text_chunks(*item)) else _Kind.FOREIGN
+        return _Kind.FOREIGN
 
 
 def read_all(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -188,3 +231,56 @@ def listed_rows(output_dir: Path) -> Rows:
         remedy = f"; `userdiff merge {output_dir}` makes its rows from the images" * has_images
         raise ValueError(f"{output_dir} holds no {layout.MANIFEST_NAME} with images in it{remedy}")
     return rows
+
+
+# What is not of jobs -------------------------------------------------------------------------------------------------
+
+
+def foreign_names(output_dir: Path) -> Iterator[str]:
+    """Yield the names of files beside the users' folders that jobs write, where something else has them.
+
+    Where somebody has added to a job's manifest, see `keep_edited`.
+    """
+    record, manifest = output_dir / layout.RECORD_NAME, output_dir / layout.MANIFEST_NAME
+    is_ours: dict[Path, Callable[[Path], bool]] = {
+        record: is_record,
+        output_dir / layout.PREVIEW_NAME: _is_page,
+        **dict.fromkeys(layout.part_paths(output_dir), is_manifest),
+        **dict.fromkeys((output_dir / layout.LOCK_NAME, output_dir / layout.WRITERS_NAME), _has_one_name),
+        # beside a job's record it is the job's, and edited
+        manifest: is_manifest if not record.is_file() else lambda path: path.is_file(),
+    }
+    for path, is_own in is_ours.items():
+        if os.path.lexists(path) and not (path.is_file() and is_own(path)):
+            yield path.name
+
+
+def check_own_files(output_dir: Path) -> None:
+    """Raise ValueError where a job would replace or remove one of `foreign_names`."""
+    for name in foreign_names(output_dir):
+        raise ValueError(
+            f"{output_dir} holds {name}, which no job is known to have made; use another folder, or move it away"
+        )
+
+
+def _has_one_name(path: Path) -> bool:
+    return not path.is_symlink() and path.stat().st_nlink == 1
+
+
+def _is_page(path: Path) -> bool:
+    with open_file(path) as file:
+        start = file.read(len(layout.PAGE_START))
+    return layout.PAGE_START.startswith(start) or not start.strip(b"\0")  # as a power cut leaves it
+
+
+def images_without_record(output_dir: Path) -> Iterator[tuple[str, str | None]]:
+    """Yield every file in the users' folders, as one that a job may have left without a record: (name, its identity hash).
+
+    The hash is None for a file that no job is known to have made.
+    """
+    for folder in layout.user_folders(output_dir):
+        for path in sorted(folder.iterdir()):
+            if not layout.is_temporary(path.name) and not layout.is_system(path.name):
+                name = path.relative_to(output_dir).as_posix()
+                text = read_text_chunks(path) if layout.parse_file_name(name) else None
+                yield name, (text or {}).get(RUN_CHUNK)

@@ -21,7 +21,7 @@ from userdiff.job.plan import Plan
 from userdiff.job.store import Coordinator
 from userdiff.seeds import Item
 from userdiff.shutdown import Halted
-from userdiff.text import count, format_ids, listed
+from userdiff.text import count, format_ids, listed, printable
 
 _REFRESH_SECONDS = 0.2  # a DDIM step of a small model takes less, and need not ask the store each time
 
@@ -29,13 +29,13 @@ _REFRESH_SECONDS = 0.2  # a DDIM step of a small model takes less, and need not 
 def write(line: str) -> None:
     """Print a line."""
     with progress.unheard(sys.stdout):
-        tqdm.write(line, file=sys.stdout)  # unlike print, it does not tear the progress bar
+        tqdm.write(printable(line), file=sys.stdout)  # unlike print, it does not tear the progress bar
 
 
 def warn(line: str) -> None:
     """Print a warning on stderr."""
     with progress.unheard(sys.stderr):
-        tqdm.write(f"Warning: {line}", file=sys.stderr)
+        tqdm.write(printable(f"Warning: {line}"), file=sys.stderr)
 
 
 def format_bytes(number: float) -> str:
@@ -88,7 +88,9 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
         size = found.rows.num_bytes() / len(found.rows) if found.rows else model.uncompressed_bytes
         about = "about" if found.rows else "at most"
         needed, free = plan.num_pending * size, _free_bytes(config.output_dir)
-        write(f"Disk: {about} {format_bytes(needed)} to write, {format_bytes(free)} free")
+        write(
+            f"Disk: {about} {format_bytes(needed)} to write, {'an unknown number of bytes' if free is None else format_bytes(free)} free"
+        )
         _warn_of_full_disk(config.output_dir, plan.num_pending, about, needed)
 
 
@@ -180,15 +182,17 @@ def _write_images(title: str, items: Sequence[Item], what: str, number: int = 0)
 def _warn_of_full_disk(output_dir: Path, num_images: int, about: str, needed: float) -> None:
     """Warn where images need more bytes than are free."""
     free = _free_bytes(output_dir)
-    if needed > free:
+    if free is not None and needed > free:
         warn(
             f"{num_images} images take {about} {format_bytes(needed)}, and {output_dir} has {format_bytes(free)} free; a "
             "full disk stops the job, and what is made stays"
         )
 
 
-def _free_bytes(output_dir: Path) -> int:
-    return shutil.disk_usage(next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())).free
+def _free_bytes(output_dir: Path) -> int | None:
+    """Return how many bytes are free; None on a file system that does not count them."""
+    usage = shutil.disk_usage(next(folder for folder in (output_dir, *output_dir.parents) if folder.exists()))
+    return usage.free if usage.total else None
 
 
 @contextmanager

@@ -5,15 +5,15 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from userdiff.config import JobConfig, UsageError, errors_of
 from userdiff.dataset import layout, locks
-from userdiff.dataset.atomic import remove_temporaries
-from userdiff.dataset.manifest import is_manifest, num_part_rows, recorded_rows
-from userdiff.dataset.png import RUN_CHUNK, read_text_chunks
+from userdiff.dataset.atomic import check_file_system, remove_temporaries
+from userdiff.dataset.manifest import keep_edited, num_part_rows, recorded_rows
+from userdiff.dataset.png import RUN_CHUNK, is_remains, read_text_chunks
 from userdiff.dataset.run_record import RunEntry, RunRecord, now
-from userdiff.dataset.scan import user_folders
+from userdiff.dataset.scan import check_own_files, images_without_record, user_folders
 from userdiff.diffusion.model import JobModel
 from userdiff.identity import describe_differences
 from userdiff.job import launcher, shared_folder
@@ -33,14 +33,27 @@ _REMEDIES = {
     errno.EPERM: "have it made writable",
     errno.EISDIR: "move it away",
     errno.ENOTDIR: "move it away",
+    errno.ENOTSUP: "move it away",
+    errno.EFBIG: "move it away",
 }
 
 
-@contextmanager
-def open_folder(config: JobConfig, model: JobModel, coordinator: Coordinator) -> Iterator[tuple[RunRecord, int]]:
-    """Hold the output folder for this job; the value is its record and the number of images that --overwrite removed.
+class OpenFolder(NamedTuple):
+    """An output folder that is held for this job."""
 
-    The record of a new folder has neither numerics nor history. Raises UsageError where another job holds the folder, or
+    record: RunRecord
+    """That of a new folder has neither numerics nor history."""
+    num_removed: int
+    """Images that --overwrite removed."""
+    edited_manifest: Path | None
+    """The new name of a manifest that --overwrite would have removed, but that somebody had added to."""
+
+
+@contextmanager
+def open_folder(config: JobConfig, model: JobModel, coordinator: Coordinator) -> Iterator[OpenFolder]:
+    """Hold the output folder for this job.
+
+    Raises UsageError where another job holds the folder, or
     where it holds images of another identity or of unknown origin. A dry run checks the same, and changes nothing.
     """
     output_dir, shutdown = config.output_dir, coordinator.shutdown
@@ -53,21 +66,26 @@ def open_folder(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
                 held.enter_context(locks.made_folder(output_dir))
                 # 2. No other job has it, ...
                 held.enter_context(locks.folder_lock(output_dir))
-                # 3. ... and no process that outlived an earlier job can still write to it.
+                # 3. ... its file system can do what is needed, ...
+                check_file_system(output_dir)
+                # 4. ... and no process that outlived an earlier job can still write to it.
                 locks.wait_for_writers(output_dir, on_poll=coordinator.check)
             held.callback(_forget_writers, output_dir)
-        # 4. What lies there is ours and of the same identity, or may be removed; so far, nothing has been written.
+        # 5. What lies there is ours and of the same identity, or may be removed; so far, nothing has been written.
         #    A group that its launcher restarted goes on where the first one failed, whatever --overwrite says.
         is_anew = config.overwrite and launcher.restart_count() == 0
+        with errors_of("--output_dir"):
+            check_own_files(output_dir)
         own = _own_images(config, model, shutdown) if is_anew else []
+        edited = None
         record = None if is_anew else _checked_record(config, model, shutdown)
         _check_user_folders(config, model)
         if not config.dry_run:
-            # 5. Every machine sees the folder. Only now may anything be removed.
+            # 6. Every machine sees the folder. Only now may anything be removed.
             held.enter_context(shared_folder.shown(output_dir, coordinator))
             if is_anew:
-                _remove(output_dir, own)
-        yield record or RunRecord(identity=model.identity, numerics={}), len(own)
+                edited = _remove(output_dir, own)
+        yield OpenFolder(record or RunRecord(identity=model.identity, numerics={}), len(own), edited)
 
 
 def _check_writable(output_dir: Path) -> None:
@@ -123,25 +141,16 @@ def _refuse_unknown_origin(output_dir: Path, shutdown: Shutdown, run: str | None
     run: the identity hash that these images have to carry; any will do where it is not given.
     """
     has_no_record = f"--output_dir: {output_dir} has no {layout.RECORD_NAME} but holds"
-    labels = output_dir / layout.MANIFEST_NAME
-    if labels.is_file() and not is_manifest(labels):
-        raise UsageError(f"{has_no_record} a {labels.name} that no job made; use another folder, or move it away")
-    for folder in layout.user_folders(output_dir):
-        for path in shutdown.checked(sorted(folder.iterdir())):
-            if layout.is_temporary(path.name):
-                continue
-            name = path.relative_to(output_dir).as_posix()
-            text = read_text_chunks(path) if layout.parse_file_name(name) else None
-            made_by = (text or {}).get(RUN_CHUNK)
-            if made_by is None:
-                raise UsageError(
-                    f"{has_no_record} {name}, which no job is known to have made; use another folder, or move it away"
-                )
-            if run not in (None, made_by):
-                raise UsageError(
-                    f"{has_no_record} {name}, made with another model or other settings; use another folder, or start again "
-                    "with --overwrite"
-                )
+    for name, made_by in shutdown.checked(images_without_record(output_dir)):
+        if made_by is None:
+            raise UsageError(
+                f"{has_no_record} {name}, which no job is known to have made; use another folder, or move it away"
+            )
+        if run not in (None, made_by):
+            raise UsageError(
+                f"{has_no_record} {name}, made with another model or other settings; use another folder, or start again "
+                "with --overwrite"
+            )
 
 
 def _own_images(config: JobConfig, model: JobModel, shutdown: Shutdown) -> list[Item]:
@@ -157,6 +166,9 @@ def _own_images(config: JobConfig, model: JobModel, shutdown: Shutdown) -> list[
     own: list[Item] = []
     foreign: list[Item] = []
     for folder in user_folders(output_dir):
+        foreign += [
+            (folder.user_id, index) for name in folder.foreign if (index := layout.parse_image(name)) is not None
+        ]
         for image_index in shutdown.checked(folder.image_indices.tolist()):
             item = (folder.user_id, image_index)
             path = output_dir / layout.file_name(*item)
@@ -167,8 +179,10 @@ def _own_images(config: JobConfig, model: JobModel, shutdown: Shutdown) -> list[
 
 
 def _is_a_jobs(path: Path) -> bool:
-    """Return whether an image carries our text chunks, or is empty, as a power cut leaves one."""
-    return RUN_CHUNK in (read_text_chunks(path) or {}) or path.stat().st_size == 0
+    """Return whether an image carries our text chunks, or is what is left of one that did."""
+    with suppress(OSError):
+        return RUN_CHUNK in (read_text_chunks(path) or {}) or is_remains(path)
+    return False
 
 
 def refuse_foreign_images(config: JobConfig, model: JobModel, foreign: Collection[Item], flag: str) -> None:
@@ -183,8 +197,21 @@ def refuse_foreign_images(config: JobConfig, model: JobModel, foreign: Collectio
             )
 
 
-def _remove(output_dir: Path, own: Collection[Item]) -> None:
-    """Remove these images and what else jobs wrote, and nothing besides."""
+def refuse_edited_images(config: JobConfig, plan: Plan, edited: Collection[Item]) -> None:
+    """Raise UsageError where somebody has changed an image beyond the request, which this job will not make again.
+
+    Without its row, nothing would tell it from an image as it was made.
+    """
+    for user_id, image_index in edited:
+        if user_id not in plan.user_ids or image_index >= plan.num_images_per_user:
+            path = config.output_dir / layout.file_name(user_id, image_index)
+            raise UsageError(
+                f"--output_dir: {path} is not as it was made, and this job would not make it again; move it away"
+            )
+
+
+def _remove(output_dir: Path, own: Collection[Item]) -> Path | None:
+    """Remove these images and what else jobs wrote, and nothing besides; returns what `keep_edited` does."""
     with errors_of("--output_dir"):
         for item in own:
             (output_dir / layout.file_name(*item)).unlink()
@@ -193,9 +220,11 @@ def _remove(output_dir: Path, own: Collection[Item]) -> None:
             if not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
         # The record goes last: if this is interrupted, the folder is still known to be a job's.
+        edited = keep_edited(output_dir)
         manifest, page, record = layout.MANIFEST_NAME, layout.PREVIEW_NAME, layout.RECORD_NAME
         for path in (output_dir / manifest, output_dir / page, *layout.part_paths(output_dir), output_dir / record):
             path.unlink(missing_ok=True)
+        return edited
 
 
 def _forget_writers(output_dir: Path) -> None:

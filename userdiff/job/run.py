@@ -22,7 +22,7 @@ from accelerate.utils import DynamoBackend, TorchDynamoPlugin, parse_choice_from
 from userdiff.config import JobConfig, UsageError, errors_of
 from userdiff.dataset import layout
 from userdiff.dataset.atomic import publish, remove_temporaries
-from userdiff.dataset.manifest import write_manifest
+from userdiff.dataset.manifest import keep_edited, write_manifest
 from userdiff.dataset.png import MAX_FAST_LEVEL
 from userdiff.dataset.recipe import Recipe
 from userdiff.dataset.rows import Rows
@@ -165,11 +165,12 @@ def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
 def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
     """Find what is done, plan the rest, make images with the others, and merge; a dry run ends with the plan."""
     output_dir, recipe = config.output_dir, Recipe.of(model.identity, model.run)
-    with output_folder.open_folder(config, model, coordinator) as (record, num_removed):
-        if num_removed:
+    with output_folder.open_folder(config, model, coordinator) as opened:
+        record = opened.record
+        if opened.num_removed:
             removed = "To be removed" if config.dry_run else "Removed"
-            console.write(f"{removed}: {count(num_removed, 'image')} of earlier runs, from {output_dir}")
-        plan, numerics, rows = _plan(config, model, coordinator, record)
+            console.write(f"{removed}: {count(opened.num_removed, 'image')} of earlier runs, from {output_dir}")
+        plan, numerics, found = _plan(config, model, coordinator, record)
         if config.dry_run:
             console.write(f"Dry run: nothing was made, and {output_dir} is as it was")
             return 0
@@ -178,8 +179,13 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
         with errors_of("--output_dir"):
             for user_id in plan.user_ids:
                 (output_dir / layout.file_name(user_id, 0)).parent.mkdir(exist_ok=True)
-        record.manifest_sha256 = write_manifest(output_dir, rows)
-        del rows  # 60 bytes an image
+            for item in found.edited:  # they are made again; without their rows, a job that is killed would take them
+                (output_dir / layout.file_name(*item)).unlink(missing_ok=True)
+            edited = opened.edited_manifest or (None if found.has_manifest else keep_edited(output_dir))
+        if edited:
+            console.write(f"Note: somebody had added to {layout.MANIFEST_NAME}; that is kept as {edited}")
+        record.manifest_sha256 = write_manifest(output_dir, found.rows)
+        del found  # its rows take 60 bytes an image
         with output_folder.history_entry(output_dir, record, numerics, plan, coordinator) as entry:
             # Every process, this one too, claims batches until none is left.
             coordinator.set("run", json.dumps([model.run, numerics]))
@@ -227,15 +233,15 @@ def _run_other(config: JobConfig, model: JobModel, coordinator: Coordinator) -> 
 
 def _plan(
     config: JobConfig, model: JobModel, coordinator: Coordinator, record: RunRecord
-) -> tuple[Plan, dict[str, Any], Rows]:
-    """Find what is done, plan the rest and print the plan; returns it, the numerics of this run, and the rows of what is done.
+) -> tuple[Plan, dict[str, Any], Finished]:
+    """Find what is done, plan the rest and print the plan; returns it, the numerics of this run, and what was found.
 
     The record keeps the numerics of the first images; those of every run are in its history. Raises UsageError where
     images of unknown origin are in the way.
     """
     output_dir = config.output_dir
     if config.overwrite and config.dry_run:  # as if everything had been removed
-        found = Finished(Rows(), lost=[], foreign_files=[], foreign_images=[], has_manifest=False)
+        found = Finished(Rows(), lost=[], foreign_files=[], foreign_images=[], edited=[], has_manifest=False)
     else:
         recipe, checked = Recipe.of(model.identity, model.run), coordinator.shutdown.checked
         found = find_finished(
@@ -251,6 +257,7 @@ def _plan(
     plan = make_plan(users, config.num_images_per_user, batch_size, found.rows.image_indices())
     if not (record.numerics and found.rows):
         record.numerics = numerics
+    output_folder.refuse_edited_images(config, plan, found.edited)
     for name, before, after in changed_numerics(record.numerics, numerics):
         remedy = f"; {_KEEPS[name].format(before)} keeps it" if name in _KEEPS else ""
         console.warn(
@@ -260,7 +267,7 @@ def _plan(
     if record.manifest_sha256 and not found.has_manifest:
         what = "not as it was published" if (output_dir / layout.MANIFEST_NAME).exists() else "gone"
         console.write(f"Note: {layout.MANIFEST_NAME} is {what}; its rows are made again from the images")
-    return plan, numerics, found.rows
+    return plan, numerics, found
 
 
 def numerics_of(config: JobConfig, model: JobModel, batch_size: int, compress_level: int) -> dict[str, Any]:

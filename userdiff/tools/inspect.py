@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from userdiff.dataset.layout import LOADED_SUFFIXES
+from userdiff.dataset.layout import LOADED_SUFFIXES, is_system
+from userdiff.dataset.png import open_image
 from userdiff.dataset.scan import Track, listed_rows, read_all, untracked
 from userdiff.tools.similarity import NEAR, Similarity, nearest, similarity
 
@@ -35,6 +37,8 @@ _LOOK = np.dtype(
         ("small", "i1", SIDE * SIDE),  # the picture in grey, small, without its brightness and contrast
     ]
 )
+_STRIP = 256  # lines of an image
+_REAL_FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 _ENDS_IN_ID = re.compile(r".*?0*([1-9]\d*)")
 
 
@@ -107,7 +111,7 @@ def inspect(output_dir: Path, real_dir: Path | None = None, track: Track = untra
     looks = _look_at_all([output_dir / name for name in names], users, track)
     if not len(looks):
         raise ValueError(f"{output_dir}: none of {len(rows)} images can be read, the first is {names[0]}")
-    real = _look_at_all([path for _, path in real_files], [user_id for user_id, _ in real_files], track)
+    real = _look_at_all([path for _, path in real_files], [user_id for user_id, _ in real_files], track, _REAL_FORMATS)
     if real_dir and not len(real):
         raise ValueError(f"--real: none of the {len(real_files)} images in {real_dir} can be read")
     full = looks[looks["contrast"] >= FLAT_CONTRAST]
@@ -147,36 +151,45 @@ def _real_files(real_dir: Path) -> list[tuple[int, Path]]:
             folders[user_id] = folder
     files = []
     for user_id, folder in sorted(folders.items()):
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in LOADED_SUFFIXES)
+        found = sorted(
+            path for path in folder.iterdir() if path.suffix.lower() in LOADED_SUFFIXES and not is_system(path.name)
+        )
         files += [(user_id, found[i]) for i in _spread(len(found), REAL)]
     if not files:
         raise ValueError(f"--real: {real_dir} holds no images in folders whose names end in a user's id, as user_07")
     return files
 
 
-def _look_at_all(paths: Sequence[Path], users: Sequence[int], track: Track) -> NDArray[np.void]:
+def _look_at_all(
+    paths: Sequence[Path], users: Sequence[int], track: Track, formats: tuple[str, ...] = ("PNG",)
+) -> NDArray[np.void]:
     """Read images with several threads, keeping of each what _LOOK says; those that cannot be read are left out."""
-    found = zip(users, track(read_all(_look_at, paths), len(paths)), strict=True)
+    found = zip(users, track(read_all(partial(_look_at, formats=formats), paths), len(paths)), strict=True)
     return np.fromiter(((i, user_id, *look) for i, (user_id, look) in enumerate(found) if look), _LOOK)
 
 
-def _look_at(path: Path) -> tuple[Any, ...] | None:
+def _look_at(path: Path, formats: tuple[str, ...] = ("PNG",)) -> tuple[Any, ...] | None:
     try:
-        with Image.open(path) as opened:
+        with open_image(path, formats) as opened:
             picture = opened if opened.mode in {"L", "RGB", "RGBA"} else opened.convert("RGB")
-            pixels = np.asarray(picture)
-            grey = picture.convert("L")
+            small = _small(picture)
+            digest = hashlib.blake2b(digest_size=8)
+            for top in range(0, picture.height, _STRIP):  # of a large image, nothing is held twice
+                strip = picture.crop((0, top, picture.width, min(top + _STRIP, picture.height)))
+                digest.update(strip.tobytes())
+            counts = np.array(picture.histogram(), float).reshape(-1, 256)  # [channels, levels]
     except Exception:  # Pillow has many words for a broken image
         return None
-    channels = pixels.reshape(pixels.shape[0] * pixels.shape[1], -1).astype(np.float32)
-    digest = hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
-    brightness, contrast = channels.mean(dtype=float), channels.std(axis=0, dtype=float).max()
-    return int.from_bytes(digest, "big"), brightness, contrast, _small(grey)
+    levels = np.arange(256.0)
+    means = counts @ levels / counts.sum(axis=1)
+    deviations = np.sqrt(counts @ levels**2 / counts.sum(axis=1) - means**2)
+    return int.from_bytes(digest.digest(), "big"), means.mean(), deviations.max(), small
 
 
-def _small(grey: Image.Image) -> NDArray[np.int8]:
+def _small(picture: Image.Image) -> NDArray[np.int8]:
     """Make the small picture: 0 is its mean, _LEVELS a standard deviation of its values."""
-    values = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX)).astype(float).ravel()
+    grey = picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    values = np.asarray(grey).astype(float).ravel()
     scaled = (values - values.mean()) / max(values.std(), 1e-9) * _LEVELS
     return np.clip(np.round(scaled), -127, 127).astype(np.int8)
 

@@ -7,8 +7,8 @@ import errno
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -18,11 +18,12 @@ import numpy as np
 
 from userdiff.dataset import layout, locks
 from userdiff.dataset.atomic import publish, remove_temporaries
-from userdiff.dataset.manifest import PartWriter, is_manifest, write_manifest
+from userdiff.dataset.manifest import PartWriter, keep_edited, write_manifest
+from userdiff.dataset.png import read_png
 from userdiff.dataset.recipe import Recipe
 from userdiff.dataset.rows import Row, Rows, as_rows
 from userdiff.dataset.run_record import NUMERICS_DEFAULTS, RunEntry, RunRecord, now
-from userdiff.dataset.scan import Finished, Track, find_finished, read_all, untracked
+from userdiff.dataset.scan import Finished, Track, check_own_files, find_finished, foreign_names, read_all, untracked
 from userdiff.identity import describe_differences
 from userdiff.seeds import Item
 from userdiff.shutdown import Failed, Halted, Shutdown
@@ -33,22 +34,38 @@ from userdiff.tools.status import existing_record, num_of_wanted
 _CANNOT_LOCK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
-def merge(output_dir: Path, track: Track = untracked) -> Rows:
-    """Put an interrupted run's parts into the manifest, as the next run would; raises ValueError without a dataset."""
+def merge(output_dir: Path, track: Track = untracked) -> tuple[Rows, Path | None]:
+    """Put an interrupted run's parts into the manifest, as the next run would; returns (its rows, what `keep_edited` does).
+
+    Raises ValueError without a dataset, and where somebody has changed an image.
+    """
     existing_record(output_dir)
     with locks.folder_lock(output_dir):
+        locks.wait_for_writers(output_dir)
+        check_own_files(output_dir)
         run_record = existing_record(output_dir)  # as it is now that nobody else writes it
         recipe = Recipe.of(run_record.identity, run_record.run)
-        rows = find_finished(output_dir, recipe, run_record.manifest_sha256, track=track).rows
-        run_record.manifest_sha256 = write_manifest(output_dir, rows)
+        found = find_finished(output_dir, recipe, run_record.manifest_sha256, track=track)
+        _refuse_edited(output_dir, found)
+        edited = None if found.has_manifest else keep_edited(output_dir)
+        run_record.manifest_sha256 = write_manifest(output_dir, found.rows)
         run_record.publish(output_dir)
-    return rows
+    return found.rows, edited
+
+
+def _refuse_edited(output_dir: Path, found: Finished) -> None:
+    for item in found.edited:  # without its row, nothing would tell it from an image as it was made
+        raise ValueError(
+            f"{output_dir / layout.file_name(*item)} is not as it was made; the job's command makes it again, or move it away"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Joined:
     """The result of joining datasets."""
 
+    edited_manifest: Path | None
+    """The new name of the joined folder's manifest, where somebody had added to it."""
     num_images: int
     """All images in the joined folder, including those from before."""
     num_linked: int
@@ -90,7 +107,10 @@ def merge_into(
             )
             for path, one in records.items()
         }
-        own = found[into].rows if into in found else Rows()
+        own = Rows()
+        if into in found:
+            _refuse_edited(into, found[into])
+            own = found[into].rows
         lost = {path: {*one.lost, *one.foreign_images} for path, one in found.items()}
         num_pending = _check_images(found, records, into) - len(own)
         history: list[RunEntry] = []
@@ -99,10 +119,12 @@ def merge_into(
         history.sort(key=lambda entry: entry.started)
         run_record = RunRecord(identity=first.identity, numerics=first.numerics, history=history)
         entry = _new_entry(records, sources, first)
+        edited = keep_edited(into) if into in found and not found[into].has_manifest else None
         with _noted(into, run_record, entry, own, num_pending):
             ways: Counter[str] = Counter()
-            with PartWriter(layout.part_path(into, 0)) as part:
-                puts = _put_all({path: one.rows for path, one in found.items() if path != into}, own, into)
+            putting = _put_all({path: one.rows for path, one in found.items() if path != into}, own, into)
+            # Closed, for its threads to have ended before anybody else holds the folder.
+            with PartWriter(layout.part_path(into, 0)) as part, closing(putting) as puts:
                 for source, row, way in shutdown.checked(track(puts, num_pending)):
                     ways[way] += 1
                     if way == "damaged":
@@ -119,6 +141,7 @@ def merge_into(
     wanted = entry.wanted()
     left_out = {path: [item for item in sorted(items) if not rows.of_image(*item)] for path, items in lost.items()}
     return Joined(
+        edited_manifest=edited,
         num_images=len(rows),
         num_linked=ways["linked"],
         num_copied=ways["copied"],
@@ -157,15 +180,15 @@ def _distinct_folders(sources: Sequence[Path], into: Path) -> list[Path]:
 
 def _read_records(sources: Sequence[Path], into: Path) -> dict[Path, RunRecord]:
     """Read the records of all folders, first that of `into` if it has one; raises ValueError where identities differ."""
+    needed = "needed: a new folder, or one that a job or an earlier merge made"
+    for name in foreign_names(into):
+        raise ValueError(f"--into: {into} holds {name}, which no job is known to have made; {needed}")
     own = RunRecord.read(into)
     records = {into: own} if own else {}
     if own is None:
-        labels = into / layout.MANIFEST_NAME
-        is_ours = not labels.is_file() or is_manifest(labels)
-        for path in sorted(into.glob("user_*/*")) if is_ours else [labels]:
+        for path in sorted(path for path in into.glob("user_*/*") if not layout.is_system(path.name)):
             raise ValueError(
-                f"--into: {into} has no {layout.RECORD_NAME} but holds {path.relative_to(into).as_posix()}; needed: a new "
-                "folder, or one that a job or an earlier merge made"
+                f"--into: {into} has no {layout.RECORD_NAME} but holds {path.relative_to(into).as_posix()}; {needed}"
             )
     for source in sources:
         one = RunRecord.read(source)
@@ -275,7 +298,7 @@ def _noted(into: Path, run_record: RunRecord, entry: RunEntry, own: Rows, num_pe
 # Images --------------------------------------------------------------------------------------------------------------
 
 
-def _put_all(sources: Mapping[Path, Rows], own: Rows, into: Path) -> Iterator[tuple[Path, Row, str]]:
+def _put_all(sources: Mapping[Path, Rows], own: Rows, into: Path) -> Generator[tuple[Path, Row, str], None, None]:
     """Put every image that is not there yet into the folder; yields (source, row, `linked`, `copied` or `damaged`)."""
     done = {user_id: indices.copy() for user_id, indices in own.image_indices().items()}
     for source, rows in sources.items():
@@ -295,11 +318,17 @@ def _put_all(sources: Mapping[Path, Rows], own: Rows, into: Path) -> Iterator[tu
 def _put(source: Path, into: Path, row: Row) -> str:
     """Put one image into the folder in one step: as a link where that can be, else as a copy that has its row's hash."""
     path = source / row.file_name
-    with suppress(OSError):  # another file system, or one without links; a damaged file of that name
-        os.link(path.resolve() if path.is_symlink() else path, into / row.file_name)
-        return "linked"
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != row.sha256:
-        return "damaged"
-    publish(into / row.file_name, data)
-    return "copied"
+    if not path.is_symlink():  # what a link leads to is not of the source
+        with suppress(OSError):  # another file system, or one without links; a damaged file of that name
+            os.link(path, into / row.file_name)
+            return "linked"
+    try:
+        with read_png(path) as data:
+            if hashlib.sha256(data).hexdigest() != row.sha256:
+                return "damaged"
+            publish(into / row.file_name, data)
+            return "copied"
+    except OSError as error:
+        if error.errno is None:  # no PNG
+            return "damaged"
+        raise

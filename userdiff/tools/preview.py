@@ -3,14 +3,16 @@
 import base64
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
+from userdiff.dataset.png import open_image
 from userdiff.dataset.rows import Row, Rows, as_rows
 from userdiff.dataset.run_record import RunRecord
 from userdiff.dataset.scan import read_all
@@ -25,6 +27,7 @@ PAGE_BYTES = 5_000_000  # at most: a page that opens at once, and can be sent by
 _IMAGE_BYTES = 4_700_000  # of those for the images; the rest is far more than all else takes
 _TAG_BYTES = 400  # more than the page has around an image, whatever the user's id
 _GAP = 4  # pixels between the images of a picture
+_SHEET_PIXELS = 2**27  # of a picture: 400 MB
 
 
 # The page ------------------------------------------------------------------------------------------------------------
@@ -109,31 +112,43 @@ def _users(output_dir: Path, rows: Rows) -> Iterator[_User]:
 
 
 def contact_sheet(output_dir: Path, rows: Rows, columns: int, scale: int) -> Image.Image:
-    """Return a picture of the first `columns` images of every user, a row of it per user.
+    """Return a picture of the first `columns` images of every user, a row of it per user, with the user's id before it.
 
-    An image that cannot be read is crossed out.
+    An image that cannot be read, or is not of the size that its row says, is crossed out. Raises ValueError where the
+    picture would be too large to look at.
     """
-    users = [as_rows(rows.of_user(user_id)[:columns]) for user_id in rows.user_ids]
-    pictures = [[_enlarged(output_dir, row, scale) for row in user] for user in users]
-    width = _GAP + max(sum(picture.width + _GAP for picture in line) for line in pictures)
-    height = _GAP + sum(max(picture.height for picture in line) + _GAP for line in pictures)
+    users = {f"user {user_id}": as_rows(rows.of_user(user_id)[:columns]) for user_id in rows.user_ids}
+    font = ImageFont.load_default()
+    margin = _GAP + max(int(font.getlength(name)) + _GAP for name in users)
+    width = margin + max(sum(row.width * scale + _GAP for row in line) for line in users.values())
+    heights = [max(row.height for row in line) * scale + _GAP for line in users.values()]
+    height = _GAP + sum(heights)
+    if width * height > _SHEET_PIXELS:
+        raise ValueError(
+            f"--picture: {width} x {height} pixels would be too large to look at; give fewer --columns or a smaller --scale"
+        )
     sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
     top = _GAP
-    for line in pictures:
-        left = _GAP
-        for picture in line:
-            sheet.paste(picture, (left, top))
-            left += picture.width + _GAP
-        top += max(picture.height for picture in line) + _GAP
+    for (name, line), line_height in zip(users.items(), heights, strict=True):
+        draw.text((_GAP, top), name, fill="black", font=font)
+        left = margin
+        for row in line:
+            sheet.paste(_enlarged(output_dir, row, scale), (left, top))
+            left += row.width * scale + _GAP
+        top += line_height
     return sheet
 
 
 def _enlarged(output_dir: Path, row: Row, scale: int) -> Image.Image:
-    try:
-        with Image.open(output_dir / row.file_name, formats=["PNG"]) as picture:
-            return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    except Exception:  # Pillow has many words for a broken PNG
-        return _crossed_out(row.width * scale, row.height * scale)
+    size = (row.width * scale, row.height * scale)
+    with (
+        suppress(Exception),
+        open_image(output_dir / row.file_name) as picture,
+    ):  # Pillow has many words for a broken PNG
+        if picture.size == (row.width, row.height):
+            return picture.resize(size, Image.Resampling.NEAREST)
+    return _crossed_out(*size)
 
 
 def _crossed_out(width: int, height: int) -> Image.Image:

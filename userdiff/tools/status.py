@@ -92,9 +92,9 @@ def _state(output_dir: Path, entry: RunEntry | None, *, is_complete: bool) -> tu
     if holder := lock_holder(output_dir):
         return "running", holder
     if entry is None or entry.state == "running":  # it could not note more, and holds no lock any longer
-        free = shutil.disk_usage(output_dir).free
+        total, _, free = shutil.disk_usage(output_dir)
         # a full disk cannot even note that it is full
-        return "killed", f"or out of room, {free} bytes are free" if free < LITTLE_ROOM else ""
+        return "killed", f"or out of room, {free} bytes are free" if total and free < LITTLE_ROOM else ""
     if entry.state == "ended":
         return ("complete" if is_complete else "incomplete"), ""
     state = entry.state

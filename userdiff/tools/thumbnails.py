@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image, features
 
+from userdiff.dataset.png import open_image
+
 SIDE = 96  # pixels, of the longer one
 
 _LOSSY = "WEBP" if features.check("webp") else "JPEG"
@@ -32,7 +34,7 @@ def make_thumbnail(path: Path, max_bytes: int) -> Thumbnail | None:
     small itself is kept pixel for pixel, where `max_bytes` allows.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with open_image(path) as image:
             small = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGBA")
             kinds: list[tuple[str, dict[str, Any]]] = [("PNG", {"optimize": True})] if max(small.size) <= SIDE else []
             kinds += [(_LOSSY, {"quality": quality}) for quality in _QUALITIES]

@@ -9,12 +9,12 @@ from pathlib import Path
 from userdiff.dataset import layout
 from userdiff.dataset.locks import lock_holder
 from userdiff.dataset.manifest import manifest_sha256
-from userdiff.dataset.png import RUN_CHUNK, decode_png, read_text_chunks
+from userdiff.dataset.png import RUN_CHUNK, decode_png, read_png
 from userdiff.dataset.recipe import Recipe
 from userdiff.dataset.rows import Row, Rows, as_rows
 from userdiff.dataset.run_record import RunRecord
-from userdiff.dataset.scan import Track, have_files, read_all, untracked, user_folders
-from userdiff.text import count
+from userdiff.dataset.scan import Track, foreign_names, have_files, read_all, untracked, user_folders
+from userdiff.text import count, refusal
 from userdiff.tools.status import best_rows, num_of_wanted
 
 _LISTED = 20  # problems of a kind; --deep on a broken disk may find thousands
@@ -22,6 +22,7 @@ _REMEDIES = {
     "missing": "images and run.json: run the job's command; manifest.csv: that, or `userdiff merge`",
     "changed": "images: remove those that have the size of their row, then run the job's command; manifest.csv: the job's "
     "command writes it anew, and so does `userdiff merge`",
+    "unreadable": "the system does not read it; see to the disk or its permissions, and leave the file as it is",
     "unmerged": "`userdiff merge` records it, and so does the job's command",
     "unrecorded": "`userdiff merge` records it, and so does the job's command",
     "foreign": "move it away",
@@ -33,7 +34,7 @@ class Problem:
     """One difference between a folder and its records."""
 
     kind: str
-    """`missing`, `changed`, `unrecorded`, `unmerged` or `foreign`."""
+    """`missing`, `changed`, `unreadable`, `unrecorded`, `unmerged` or `foreign`."""
     name: str
     """A path relative to the folder, with `/`."""
     what: str
@@ -79,16 +80,26 @@ def _record_problems(output_dir: Path, run_record: RunRecord | None) -> Iterator
     sha256 = manifest_sha256(output_dir)
     if sha256 is None:
         yield Problem("missing", layout.MANIFEST_NAME, "the manifest is gone")
-    elif run_record and run_record.manifest_sha256 not in (None, sha256):
+    elif run_record and run_record.manifest_sha256 not in (None, sha256) and not _is_new(output_dir, sha256):
         yield Problem("changed", layout.MANIFEST_NAME, "the manifest is not as it was published")
     if lock_holder(output_dir) is None:
         for part in layout.part_paths(output_dir):
             yield Problem("unmerged", part.name, "rows of an interrupted run")
 
 
+def _is_new(output_dir: Path, sha256: str) -> bool:
+    """Return whether a manifest has been published since the record was read, or is just being published."""
+    run_record = RunRecord.read(output_dir)
+    return lock_holder(output_dir) is not None or (run_record is not None and run_record.manifest_sha256 == sha256)
+
+
 def _misleading(output_dir: Path) -> Iterator[Problem]:
     """Yield what lies beside the users' folders and loaders would take for a class or an image."""
+    for name in foreign_names(output_dir):
+        yield Problem("foreign", name, "a job's file has this name, and no job is known to have made it")
     for path in output_dir.iterdir():
+        if layout.is_system(path.name):
+            continue
         if path.is_dir() and not layout.is_user_folder(path.name):
             yield Problem("foreign", path.name, "loaders take every folder for a class")
         elif not path.is_dir() and layout.is_user_folder(path.name):
@@ -100,9 +111,11 @@ def _misleading(output_dir: Path) -> Iterator[Problem]:
 def _problem_without_row(output_dir: Path, recipe: Recipe | None, user_id: int, image_index: int) -> Problem | None:
     """Check an image file that has no row; None if it is an image of the recipe, or of any job if there is no recipe."""
     name = layout.file_name(user_id, image_index)
-    text = read_text_chunks(output_dir / name)
-    if text is None:
-        return Problem("changed", name, "no row in the manifest, and not a readable PNG")
+    try:
+        with read_png(output_dir / name) as data:
+            _, text = decode_png(data)
+    except OSError as error:
+        return _unreadable(name, error) or Problem("changed", name, "no row in the manifest, and not a readable PNG")
     if RUN_CHUNK not in text:
         return Problem("foreign", name, "not made by a job")
     if recipe and text[RUN_CHUNK] != recipe.run:
@@ -117,8 +130,10 @@ def _problem(output_dir: Path, row: Row, *, deep: bool) -> Problem | None:
     path = output_dir / row.file_name
     try:
         size = path.stat().st_size
-    except OSError:
+    except FileNotFoundError:
         return Problem("missing", row.file_name, "the file is gone")
+    except OSError as error:
+        return _unreadable(row.file_name, error)
     if size != row.num_bytes:
         return Problem("changed", row.file_name, f"{size} bytes, its row says {row.num_bytes}")
     return _problem_inside(path, row) if deep else None
@@ -126,16 +141,22 @@ def _problem(output_dir: Path, row: Row, *, deep: bool) -> Problem | None:
 
 def _problem_inside(path: Path, row: Row) -> Problem | None:
     try:
-        data = path.read_bytes()
-        size, text = decode_png(data)
+        with read_png(path) as data:
+            sha256 = hashlib.sha256(data).hexdigest()
+            size, text = decode_png(data)
     except OSError as error:
-        return Problem("changed", row.file_name, str(error))
-    if hashlib.sha256(data).hexdigest() != row.sha256 or size != (row.width, row.height):
+        return _unreadable(row.file_name, error) or Problem("changed", row.file_name, str(error))
+    if sha256 != row.sha256 or size != (row.width, row.height):
         return Problem("changed", row.file_name, "its content is not what its row says")
     said = (text.get("user_id"), text.get("image_index"), text.get("seed"))
     if said != (str(row.user_id), str(row.image_index), str(row.seed)):
         return Problem("changed", row.file_name, "it says to be another image")
     return None
+
+
+def _unreadable(name: str, error: OSError) -> Problem | None:
+    """Return the problem with a file that the system does not read; None for one that it reads, and that is no PNG."""
+    return None if error.errno is None else Problem("unreadable", name, refusal(error).partition(" (")[0])
 
 
 def _missing(rows: Rows, unrecorded: Mapping[int, list[int]], wanted: dict[int, int]) -> Iterator[Problem]:
