@@ -350,9 +350,22 @@ def test_a_manifest_that_somebody_added_to_is_kept(out, tmp_path, capsys):
     assert main(["merge", str(other), "--into", str(out)]) == 0
     assert (out / "manifest.edited-3.csv").read_text() == added
     assert not [problem for problem in verify(out) if problem.kind == "foreign"]
-    (out / "manifest.csv").write_bytes(bytes(500))  # a power cut adds nothing
+    whole = (out / "manifest.csv").read_bytes()
+    for damaged in (
+        bytes(500),
+        b"",
+        whole + b"\xff\0,x,y",
+        b"?" + whole[1:],
+        whole.replace(b"_", b",", 1),
+        whole[300:],
+    ):
+        (out / "manifest.csv").write_bytes(damaged)
+        assert main(["merge", str(out)]) == 0
+        assert not (out / "manifest.edited-4.csv").exists()
+        assert (out / "manifest.csv").read_bytes() == whole
+    (out / "manifest.csv").write_text("name,age\nAda,36\n")
     assert main(["merge", str(out)]) == 0
-    assert not (out / "manifest.edited-4.csv").exists()
+    assert (out / "manifest.edited-4.csv").read_text() == "name,age\nAda,36\n"
 
 
 def test_the_image_of_a_foreign_identity_stays_foreign(out):

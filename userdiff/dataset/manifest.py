@@ -10,7 +10,7 @@ from threading import Lock
 from userdiff.dataset.atomic import errors_naming, publish
 from userdiff.dataset.files import open_file
 from userdiff.dataset.layout import MANIFEST_NAME, edited_paths, part_paths
-from userdiff.dataset.rows import HEADER, Row, Rows, Trust, is_row, lines, read_lines, slices
+from userdiff.dataset.rows import COLUMNS, HEADER, Row, Rows, Trust, lines, read_lines, slices
 
 _PIECE_BYTES = 2**18
 _SLICE = 1000  # rows that are written at a time
@@ -67,12 +67,16 @@ def is_manifest(path: Path) -> bool:
 
 
 def keep_edited(output_dir: Path) -> Path | None:
-    """Rename a manifest that holds more than rows, such as a column that somebody added; returns its new path.
+    """Rename a manifest that somebody added columns to, or another table in its place; returns its new path.
 
-    Call it before a manifest that is not as it was published is written anew.
+    A header with some damage is no such table. Call it before a manifest that is not as it was published is written anew.
     """
     path = output_dir / MANIFEST_NAME
-    if all(is_row(line) or not line.strip("\0") for line in lines(path)):  # zeros: as a power cut leaves it
+    fields = next(lines(path), HEADER).rstrip().split(",")
+    num_ours = len(set(COLUMNS) & set(fields))
+    has_more = num_ours == len(COLUMNS) < len(fields)
+    is_another = num_ours <= len(COLUMNS) / 2 and len(fields) > 1 and not any(map(str.isdecimal, fields))
+    if not (has_more or is_another):
         return None
     edited = next(edited for edited in edited_paths(output_dir) if not os.path.lexists(edited))
     path.rename(edited)

@@ -137,11 +137,6 @@ def lines(path: Path) -> Iterator[str]:
                         return
 
 
-def is_row(line: str) -> bool:
-    """Return whether a line of a manifest is a row as a job writes it, or the header."""
-    return line == HEADER or _parse(line) is not None
-
-
 class Rows:
     """Rows sorted by user and image. There may be several of an image, until `keep_best` is called.
 
