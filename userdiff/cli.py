@@ -95,8 +95,10 @@ def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py")
             # Where the launcher is killed, torch would bury our last line under the stacks of every failed send.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             gc.disable()  # looking for garbage would take a tenth of the time of this import, and find none
-            from userdiff.job.run import run  # torch takes seconds to load, --help must not
+            from userdiff.job.progress import said_if_slow
 
+            with said_if_slow("Loading torch and diffusers ...", launcher.process_index() == 0):
+                from userdiff.job.run import run  # torch takes seconds to load, --help must not
             gc.enable()
             shutdown.check()
             return run(config, shutdown)

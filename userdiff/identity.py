@@ -65,5 +65,7 @@ def describe_differences(
 
 def _brief(name: str, value: Any) -> str:
     """Return a value as messages show it: a hash is cut to what tells it from another."""
-    text = str(OPTION_DEFAULTS.get(name, "absent") if value is None else value)
+    if value is None and name not in OPTION_DEFAULTS:
+        return "absent" if name.startswith("user_index.") else "left to diffusers' default"
+    text = str(OPTION_DEFAULTS[name] if value is None else value)
     return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."

@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+import time
 
 import pytest
 
@@ -97,3 +98,12 @@ def test_a_jobs_bar_counts_failures(checkpoint, tmp_path, capsys, monkeypatch):
     assert "failed" not in lines[0]
     assert ", 3 failed]" in lines[-1]
     assert "12/15" in lines[-1]
+
+
+def test_what_takes_long_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_SLOW_SECONDS", 0.05)
+    for is_main_process, seconds in ((True, 0.3), (False, 0.3), (True, 0)):
+        with progress.said_if_slow("Loading ...", is_main_process):
+            time.sleep(seconds)
+    time.sleep(0.2)
+    assert capsys.readouterr().err == "Loading ...\n"

@@ -308,7 +308,7 @@ def test_small_and_ragged_datasets(of_users, start, own_and_like, has_verdict, t
     assert line.startswith(start)
     assert own_and_like is None or line.endswith(f" {own_and_like}")
     assert ("The most similar" in text) == has_verdict
-    assert len(of_users) > 1 or "Closest across users (difference, of their contrast)\n    none\n" in text
+    assert len(of_users) > 1 or "Closest across users (difference, as above)\n    none\n" in text
     assert "cannot be read" not in text
 
 
@@ -334,7 +334,7 @@ def test_the_table_says_what_the_report_holds(report, dataset, capsys):
     assert lines[5].split()[:13] == expected.format(*bright, *varied, user(report, 3).generated.own).split()
     assert lines[4].split()[-3:] == ["0%", "12", "(100%)"]
     assert "  Users no more like themselves than like another: 2 (like 12), 12 (like 2)" in lines
-    assert f"    0.0%  {name_of(2, 0)}  {name_of(12, 0)}  same pixels" in lines
+    assert f"    0.00  {name_of(2, 0)}  {name_of(12, 0)}  same pixels" in lines
     assert f"     0.0  {name_of(3, 4)}" in lines
     assert max(map(len, lines[1:])) <= findings._WIDTH
     notes = "\n".join(lines[lines.index("What these figures can tell") :])

@@ -235,6 +235,28 @@ def test_a_long_list_is_cut_and_a_job_at_work_is_named(out, capsys):
 # Previews
 
 
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({}, "The last run was killed; the job's command goes on from there"),
+        (
+            {"state": "stopped by signal 15"},
+            "The last run was stopped by SIGTERM; the job's command goes on from there",
+        ),
+        (
+            {"state": "failed", "cause": "no disk"},
+            "The last run failed (no disk); the job's command goes on from there",
+        ),
+    ],
+)
+def test_after_a_mere_interruption_verify_says_that_it_is_one(out, capsys, entry, said):
+    interrupt(out, rows_left=2, **entry)
+    assert main(["verify", str(out)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3] == f"{out}: 3 problems: 2 missing, 1 unmerged (sizes compared, contents not read)"
+    assert lines[4].startswith(said)
+
+
 def test_the_page_of_a_stopped_job_shows_what_is_there(out):
     interrupt(out, rows_left=4)
     assert main(["preview", str(out)]) == 0

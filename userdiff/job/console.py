@@ -56,7 +56,8 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
         warn(warning)
     _warn_of_random_conditioning(config, model)
     precision = model.identity.get("mixed_precision", "float32")
-    write(f"Output: {config.output_dir}; made on {model.device_name} in {precision}")
+    device = f"the CPU ({model.device_name})" if model.device.type == "cpu" else model.device_name
+    write(f"Output: {config.output_dir}; made on {device} in {precision}")
     write(
         f"Plan: {count(plan.num_items, 'image')} ({count(len(plan.user_ids), 'user')} x {plan.num_images_per_user}), "
         f"{plan.num_done} already there, {plan.num_pending} to make in "
@@ -69,8 +70,8 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
         )
     elif config.dry_run:
         write(
-            f"Padding: {plan.batches.size - plan.num_pending} of the {plan.batches.size} rows of these batches are computed "
-            "and thrown away"
+            f"Padding: {plan.batches.size - plan.num_pending} of the {plan.batches.size} rows of these batches hold no image and "
+            "are computed all the same: every image has a row of its own"
         )
     if model.compiled != "no" and plan.num_pending:
         write(

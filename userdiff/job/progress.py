@@ -4,12 +4,16 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from threading import Timer
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from userdiff.text import printable
+
 _TERMINAL_SECONDS = 0.2
 _LOG_SECONDS = 30.0
+_SLOW_SECONDS = 5.0
 
 T = TypeVar("T")
 
@@ -22,6 +26,24 @@ def unheard(stream: TextIO) -> Iterator[None]:
         stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def said_if_slow(what: str, is_main_process: bool) -> Iterator[None]:
+    """Print on stderr, once for all processes, what is being done where this block takes longer than _SLOW_SECONDS."""
+
+    def say() -> None:
+        if is_main_process:
+            with unheard(sys.stderr):
+                tqdm.write(printable(what), file=sys.stderr)
+
+    timer = Timer(_SLOW_SECONDS, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def make_bar(total: int, done: int = 0, **options: Any) -> tqdm:

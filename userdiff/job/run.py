@@ -33,7 +33,7 @@ from userdiff.diffusion.acceleration import Compilation
 from userdiff.diffusion.model import JobModel, has_bf16, load_model
 from userdiff.job import console, launcher, output_folder, shared_folder, store
 from userdiff.job.plan import Plan, make_plan
-from userdiff.job.progress import show_reading
+from userdiff.job.progress import said_if_slow, show_reading
 from userdiff.job.store import Coordinator
 from userdiff.job.worker import make_images
 from userdiff.shutdown import Shutdown
@@ -69,7 +69,9 @@ def run(config: JobConfig, shutdown: Shutdown) -> int:
                 with gpu_errors.as_failed(f"the models do not fit into the memory that {device} has free"):
                     _look_at_gpus(config, device, coordinator)
                     precision = _precision(config, device, coordinator)
-                    model = load_model(config, device, precision, compilation())
+                    loading = f"Loading {config.unet_path}, {config.vae_path} and {config.condition_encoder_path} ..."
+                    with said_if_slow(loading, coordinator.is_main_process):
+                        model = load_model(config, device, precision, compilation())
                 coordinator.check()
                 return run_process(config, model, coordinator)
             except OSError as error:
@@ -172,7 +174,8 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
             console.write(f"{removed}: {count(opened.num_removed, 'image')} of earlier runs, from {output_dir}")
         plan, numerics, found = _plan(config, model, coordinator, record)
         if config.dry_run:
-            console.write(f"Dry run: nothing was made, and {output_dir} is as it was")
+            kept = f"{output_dir} is as it was" if output_dir.exists() else f"there is no {output_dir} yet"
+            console.write(f"Dry run: nothing was made, and {kept}")
             return 0
         # Prepare the folder. The manifest takes in the rows of an interrupted run's parts.
         remove_temporaries(output_dir)

@@ -18,7 +18,7 @@ _NOTES = {
     "flat": f"contrast below {inspection.FLAT_CONTRAST:g} levels of 255: empty, or failed. Copies and likeness are "
     "sought among the others.",
     "copies": f"images with a near-copy among their user's others: made {inspection.SIDE}x{inspection.SIDE} and grey, brightness and contrast apart, "
-    f"they differ by {inspection.COPY_DIFFERENCE:.0%} of their contrast at most. Many mean little variety, or seeds that "
+    f"they differ by {inspection.COPY_DIFFERENCE:g} standard deviations at most. Many mean little variety, or seeds that "
     "repeat; none does not prove variety, and a copy that is shifted or mirrored is not seen.",
     "shared": "images with a near-copy among other users' images. The condition may have been ignored or users mixed "
     "up; or the images are merely simple, such as a few strokes on black.",
@@ -45,8 +45,10 @@ def report_lines(name: str, report: Report) -> Iterator[str]:
     yield ""
     yield from _verdict(report.users)
     lists = {
-        "Closest within a user (difference, of their contrast)": map(_pair, report.closest_within),
-        "Closest across users (difference, of their contrast)": map(_pair, report.closest_across),
+        "Closest within a user (difference, in standard deviations: 0 is equal, 1.4 unrelated)": map(
+            _pair, report.closest_within
+        ),
+        "Closest across users (difference, as above)": map(_pair, report.closest_across),
         "Flattest (contrast)": (f"{one.value:8.1f}  {one.name}" for one in report.flattest),
         "Oddest (robust standard deviations)": (f"{one.value:8.1f}  {one.name}  {one.what}" for one in report.oddest),
     }
@@ -113,7 +115,7 @@ def _verdict(users: Sequence[UserFigures]) -> Iterator[str]:
 
 def _pair(pair: Pair) -> str:
     same = "same pixels" if pair.has_same_pixels else ""
-    return f"{pair.difference:8.1%}  {'  '.join(pair.names)}  {same}".rstrip()
+    return f"{pair.difference:8.2f}  {'  '.join(pair.names)}  {same}".rstrip()
 
 
 def _notes(report: Report) -> Iterator[str]:

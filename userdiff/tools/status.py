@@ -76,7 +76,7 @@ def read_status(output_dir: Path) -> Status:
     rows.keep(have_files(folders, rows))
     done = num_of_wanted(rows, wanted)
     failed = Counter(item[0] for item in (entry.failed if entry else ()) if not rows.of_image(*item))
-    state, detail = _state(output_dir, entry, is_complete=sum(done.values()) == sum(wanted.values()))
+    state, detail = state_of(output_dir, entry, is_complete=sum(done.values()) == sum(wanted.values()))
     return Status(
         state=state,
         detail=detail,
@@ -88,7 +88,8 @@ def read_status(output_dir: Path) -> Status:
     )
 
 
-def _state(output_dir: Path, entry: RunEntry | None, *, is_complete: bool) -> tuple[str, str]:
+def state_of(output_dir: Path, entry: RunEntry | None, *, is_complete: bool) -> tuple[str, str]:
+    """Return the state of a folder whose last run this is, and its detail, as `Status` has them."""
     if holder := lock_holder(output_dir):
         return "running", holder
     if entry is None or entry.state == "running":  # it could not note more, and holds no lock any longer

@@ -15,18 +15,18 @@ from userdiff.dataset.rows import Row, Rows, as_rows
 from userdiff.dataset.run_record import RunRecord
 from userdiff.dataset.scan import Track, foreign_names, have_files, read_all, untracked, user_folders
 from userdiff.text import count, refusal
-from userdiff.tools.status import best_rows, num_of_wanted
+from userdiff.tools.status import best_rows, num_of_wanted, state_of
 
 _LISTED = 20  # problems of a kind; --deep on a broken disk may find thousands
 _REMEDIES = {
-    "missing": "images and run.json: run the job's command; manifest.csv: that, or `userdiff merge`",
-    "changed": "images: remove those that have the size of their row, then run the job's command; manifest.csv: the job's "
-    "command writes it anew, and so does `userdiff merge`",
+    "missing": "the job's command makes it again",
+    "changed": "the job's command makes it again; first remove an image whose size is still that of its row",
     "unreadable": "the system does not read it; see to the disk or its permissions, and leave the file as it is",
     "unmerged": "`userdiff merge` records it, and so does the job's command",
     "unrecorded": "`userdiff merge` records it, and so does the job's command",
     "foreign": "move it away",
 }
+_OF_MANIFEST = "`userdiff merge` writes it anew, and so does the job's command"
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -177,9 +177,28 @@ def problem_lines(output_dir: Path, problems: list[Problem], *, deep: bool) -> I
             yield f"{kind:<10}  {problem.name}: {problem.what}"
         if number > _LISTED:
             yield f"{kind:<10}  and {number - _LISTED} more"
-    found = count(len(problems), "problem") if problems else "all is well"
+    found = "all is well"
+    if problems:
+        found = f"{count(len(problems), 'problem')}: {', '.join(f'{number} {kind}' for kind, number in kinds.items())}"
     yield f"{output_dir}: {found} ({'every image read' if deep else 'sizes compared, contents not read'})"
+    holder = lock_holder(output_dir)
+    if holder is None and (end := _early_end(output_dir)):
+        yield f"The last run {end}; the job's command goes on from there, and mends what is missing, unmerged or unrecorded"
     for kind in kinds:
-        yield f"What is {kind}: {_REMEDIES[kind]}"
-    if holder := lock_holder(output_dir):
+        names = {problem.name for problem in problems if problem.kind == kind}
+        if names - {layout.MANIFEST_NAME}:
+            yield f"What is {kind}: {_REMEDIES[kind]}"
+        if kind in ("missing", "changed") and layout.MANIFEST_NAME in names:
+            yield f"{layout.MANIFEST_NAME} is {kind}: {_OF_MANIFEST}"
+    if holder:
         yield f"A job is at work here ({holder}): what is missing may be on its way"
+
+
+def _early_end(output_dir: Path) -> str | None:
+    """Return how the last run ended, if it did not come to its end: `was killed`, `was stopped by SIGTERM`."""
+    run_record = RunRecord.read(output_dir)
+    entry = run_record.last if run_record else None
+    if entry is None or entry.state == "ended":
+        return None
+    state, detail = state_of(output_dir, entry, is_complete=False)
+    return f"{'' if state == 'failed' else 'was '}{state}{f' ({detail})' if detail else ''}"
