@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from userdiff.config import JobConfig, UsageError, natural_number, parse_args, p
 from userdiff.dataset.atomic import publish, publish_to
 from userdiff.dataset.layout import MANIFEST_NAME, PREVIEW_NAME, file_name
 from userdiff.job import launcher
-from userdiff.shutdown import Halted, Shutdown, Stopped
+from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
 from userdiff.text import count, listed, printable, refusal
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _print_error(f"userdiff {name}: error: {refusal(error)}", 2)
     except ValueError as error:
         return _print_error(f"userdiff {name}: error: {error}", 2)
+    except RuntimeError as error:
+        return _print_error(f"userdiff {name}: error: {_no_thread(error)}", 1)
     return exit_status
 
 
@@ -94,6 +97,7 @@ def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py")
         with shutdown.listen(), shutdown.last_words(partial(_print_end, prog, config)):
             # Where the launcher is killed, torch would bury our last line under the stacks of every failed send.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+            _check_temporary_folder()
             gc.disable()  # looking for garbage would take a tenth of the time of this import, and find none
             from userdiff.job.progress import said_if_slow
 
@@ -112,6 +116,25 @@ def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py")
     except Halted as end:
         _print_end(prog, config, end)
         return end.exit_status
+    except RuntimeError as error:
+        failed = Failed(_no_thread(error))
+        _print_end(prog, config, failed)
+        return failed.exit_status
+
+
+def _no_thread(error: RuntimeError) -> str:
+    """Return what to say where the system starts no more threads; raises any other error again."""
+    if str(error) != "can't start new thread":
+        raise error
+    return "the system starts no more threads for this user, see `ulimit -u`, or the limit of the container"
+
+
+def _check_temporary_folder() -> None:
+    """Raise UsageError where no folder for temporary files can be written to; torch does not load without one."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UsageError(f"TMPDIR: {error.strerror}, needed: one that can be written to") from error
 
 
 def _print_end(prog: str, config: JobConfig, end: Halted) -> None:

@@ -5,6 +5,8 @@ import platform
 import re
 import shutil
 import socket
+import tempfile
+import threading
 import time
 
 import numpy as np
@@ -274,3 +276,37 @@ def test_another_process_that_found_bad_input_is_quoted_without_a_promise(flags,
     assert run_job(*flags, "--output_dir", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert said == "batch_generate.py: error: process 3 on node7: --vae_path: nowhere is not a folder\n"
+
+
+def test_where_no_more_threads_are_started_a_line_says_so_and_nothing_is_lost(
+    flags, reference, tmp_path, capsys, monkeypatch
+):
+    job = [*flags, "--num_images_per_user", 11, "--batch_size", 4, "--output_dir", tmp_path]
+    start, left = threading.Thread.start, [0]
+
+    def start_some(thread):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    for limit in range(20):
+        left[0] = limit
+        if (status := run_job(*job)) == 0:
+            break
+        error = capsys.readouterr().err
+        assert status == 1
+        assert "the system starts no more threads" in error
+        assert "Traceback" not in error
+    monkeypatch.undo()
+    assert limit >= 3
+    assert run_job(*job) == 0
+    assert tree(tmp_path) == reference
+
+
+def test_without_a_folder_for_temporary_files_the_variable_is_named(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+    assert run_job(*flags, "--output_dir", tmp_path / "out") == 2
+    assert capsys.readouterr().err.startswith("batch_generate.py: error: TMPDIR: No usable temporary directory")
