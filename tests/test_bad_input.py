@@ -180,7 +180,10 @@ CASES: dict[str, dict[str, Bad]] = {  # by the flag that the line names
         "beside ids": ("--train_user_ids 1-5 --train_data_dir train", "train goes without", nothing),
     },
     "--null_row": {"beyond the table": ("--null_row 5", "5 is", nothing)},
-    "--sample_size": {"of three": ("--sample_size 8 8 8", "3 numbers", nothing)},
+    "--sample_size": {
+        "of three": ("--sample_size 8 8 8", "3 numbers", nothing),
+        "of too many pixels": ("--sample_size 10000", "images of ", nothing),
+    },
     "--scaling_factor": {
         "0": ("--scaling_factor 0", "0.0 is", nothing),
         "NaN": ("--scaling_factor nan", "nan is", nothing),

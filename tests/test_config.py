@@ -244,7 +244,7 @@ def test_a_config_needs_the_whole_model(name):
             2**32 + 1,
             "--num_images_per_user: 4294967297 is out of range, needed: 1 to 4294967296",
         ),
-        ("num_inference_steps", 0, "--num_inference_steps: 0 is out of range, needed: 1 to 1000000"),
+        ("num_inference_steps", 0, "--num_inference_steps: 0 is out of range, needed: 1 to 65535"),
         ("seed", -1, "--seed: -1 is out of range, needed: 0 to 9223372036854775807"),
         ("seed", 2**63, "--seed: 9223372036854775808 is out of range, needed: 0 to 9223372036854775807"),
         ("eta", float("nan"), "--eta: nan is out of range, needed: 0 to 1"),

@@ -218,7 +218,7 @@ class JobConfig:
     )  # fmt: skip
 
     num_inference_steps: int = _flag(
-        _HOW, "DDIM steps (default: %(default)s)", 20, type=whole_number, metavar="N", bounds=(1, 10**6)
+        _HOW, "DDIM steps (default: %(default)s)", 20, type=whole_number, metavar="N", bounds=(1, 2**16 - 1)
     )
     seed: int = _flag(
         _HOW, "base seed, 0 to 2^63-1; every image's own seed follows from it (default: %(default)s)",

@@ -23,7 +23,7 @@ from userdiff.config import JobConfig, UsageError, errors_of
 from userdiff.dataset import layout
 from userdiff.dataset.atomic import publish, remove_temporaries
 from userdiff.dataset.manifest import keep_edited, write_manifest
-from userdiff.dataset.png import MAX_FAST_LEVEL
+from userdiff.dataset.png import MAX_FAST_LEVEL, MAX_PIXELS
 from userdiff.dataset.recipe import Recipe
 from userdiff.dataset.rows import Rows
 from userdiff.dataset.run_record import RunRecord, changed_numerics
@@ -167,6 +167,9 @@ def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
 def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
     """Find what is done, plan the rest, make images with the others, and merge; a dry run ends with the plan."""
     output_dir, recipe = config.output_dir, Recipe.of(model.identity, model.run)
+    height, width, _ = model.image_shape
+    if height * width > MAX_PIXELS:
+        raise UsageError(f"--sample_size: images of {width} x {height}, needed: {MAX_PIXELS} pixels at most")
     with output_folder.open_folder(config, model, coordinator) as opened:
         record = opened.record
         if opened.num_removed:
