@@ -64,7 +64,9 @@ def test_what_is_recorded_has_the_trust_of_its_source(tmp_path):
     for trusts in ((False, False), (True, False), (False, True)):
         rows = recorded_rows(tmp_path, trust_manifest=trusts[0], trust_parts=trusts[1])
         assert list(rows) == ROWS
-        expected = [Trust.RECORDED if trusts[row is not ROWS[0]] else Trust.CLAIMED for row in ROWS]
+        of_manifest = Trust.RECORDED if trusts[0] else Trust.CLAIMED
+        of_parts = Trust.RECORDED if trusts[1] else Trust.NOTED
+        expected = [of_manifest, of_parts, of_parts]
         assert rows.array["trust"].tolist() == expected
 
 

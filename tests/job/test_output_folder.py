@@ -236,7 +236,11 @@ def edited(out, name):
 
 
 @pytest.mark.parametrize("command", ["whole", "killed before it is made again"])
-def test_an_edited_image_is_made_again_and_never_taken_for_finished(job, out, reference, monkeypatch, command):
+@pytest.mark.parametrize("noted_in", ["manifest.csv", "manifest.part-00000.csv"])
+def test_an_edited_image_is_made_again_and_never_taken_for_finished(
+    job, out, reference, monkeypatch, noted_in, command
+):
+    (out / "manifest.csv").rename(out / noted_in)
     edited(out, "user_03/generated_001.png")
     if command != "whole":
         monkeypatch.setattr(run, "make_images", lambda *args, **options: raise_error(KeyboardInterrupt()))

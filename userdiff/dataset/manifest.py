@@ -54,7 +54,7 @@ def recorded_rows(output_dir: Path, *, trust_manifest: bool = False, trust_parts
     current run are trusted; parts of an interrupted run may name files that a power cut has emptied.
     """
     of_parts = chain.from_iterable(map(read_lines, part_paths(output_dir)))
-    rows = Rows(of_parts, Trust.RECORDED if trust_parts else Trust.CLAIMED)
+    rows = Rows(of_parts, Trust.RECORDED if trust_parts else Trust.NOTED)
     rows.extend(read_lines(output_dir / MANIFEST_NAME), Trust.RECORDED if trust_manifest else Trust.CLAIMED)
     return rows
 

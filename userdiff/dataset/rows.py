@@ -32,10 +32,12 @@ class Trust(IntEnum):
     """How far a row is believed; of several rows of one image, the one with the most trust counts."""
 
     CLAIMED = 1
-    """From a file that may have been edited, or may have outlived its images."""
-    RECORDED = 2
+    """From a manifest that may have been edited."""
+    NOTED = 2
+    """From a part of an interrupted run, which may name files that a power cut has emptied."""
+    RECORDED = 3
     """From a manifest with the hash that `run.json` records, or from a part of the current run."""
-    FINISHED = 3
+    FINISHED = 4
     """The image is on disk."""
 
 

@@ -136,7 +136,6 @@ def find_finished(
     agrees = recipe.agrees(rows)
     is_trusted = agrees & rows.is_best() & (rows.array["trust"] == Trust.RECORDED)
     rows.array["trust"][is_trusted & have_files(folders, rows)] = Trust.FINISHED
-
     rows.array["trust"][~agrees] = Trust.CLAIMED
 
     # Whatever else lies under an image's name is read: it may prove itself, or be somebody's.
@@ -149,8 +148,8 @@ def find_finished(
     found: dict[_Kind, list[Item]] = {kind: [] for kind in _Kind}
 
     def prove(item: Item) -> tuple[Item, Row | _Kind | None]:
-        recorded = rows.of_image(*item, Trust.RECORDED)
-        return item, _prove(output_dir, recipe, item, recorded or rows.of_image(*item), is_recorded=bool(recorded))
+        noted = rows.of_image(*item, Trust.NOTED)
+        return item, _prove(output_dir, recipe, item, noted or rows.of_image(*item), is_noted=bool(noted))
 
     def proven_rows() -> Iterator[Row]:
         for item, proof in track(read_all(prove, items), sum(map(len, to_read.values()))):
@@ -191,12 +190,12 @@ class _Kind(Enum):
 
 
 def _prove(
-    output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row], *, is_recorded: bool
+    output_dir: Path, recipe: Recipe, item: Item, claims: Iterable[Row], *, is_noted: bool
 ) -> Row | _Kind | None:
     """Read a file under an image's name; returns the row that it proves to be right, or whose it is if not a job's.
 
-    The row is that of a claim with the file's hash, or what the recipe gives for its text chunks. Where a claim is recorded,
-    text chunks prove nothing: whoever edits an image keeps them.
+    The row is that of a claim with the file's hash, or what the recipe gives for its text chunks. Where a job noted
+    it, text chunks prove nothing against that: whoever edits an image keeps them.
     """
     path = output_dir / layout.file_name(*item)
     try:
@@ -209,7 +208,7 @@ def _prove(
                 return _Kind.FOREIGN
             if text != recipe.text_chunks(*item):
                 return None
-            return _Kind.EDITED if is_recorded else recipe.row(*item, size=size, png=data)
+            return _Kind.EDITED if is_noted else recipe.row(*item, size=size, png=data)
     except OSError:
         with suppress(OSError):  # what cannot be read is left alone
             return None if is_remains(path, recipe.text_chunks(*item)) else _Kind.FOREIGN
