@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from tests.checkpoints import model_flags
+from tests.definitions import files_in
 from tests.jobs import (
     finish,
     free_port,
@@ -94,6 +96,39 @@ def test_a_signal_ends_a_pass_that_would_never_end(flags, tmp_path, number):
     assert not list(out.glob("user_*/.*"))  # nothing half-written
 
 
+SLOW_DISK = """
+import sys, time
+from userdiff.job import worker
+seconds, publish, calls = float(sys.argv.pop(1)), worker.publish, []
+
+def publish_slowly(path, *args, **options):
+    calls.append(path)
+    time.sleep(seconds if len(calls) > 1 else 0)
+    return publish(path, *args, **options)
+
+worker.publish = publish_slowly
+from userdiff.cli import generate
+sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))
+"""
+
+
+@pytest.mark.parametrize("seconds", [1, 1000])
+@pytest.mark.parametrize("size", [64, 8], ids=["a batch is handed over", "all is handed over"])
+def test_a_slow_disk_holds_up_no_stop(flags, tmp_path, seconds, size):
+    """A second for an image, or a disk that no longer answers; 64 images in a batch took half a minute and more."""
+    out = tmp_path / "out"
+    job = [*flags, "--batch_size", size, "--num_images_per_user", size, "--user_ids", 1, 2, 3, "--output_dir", out]
+    process = start([sys.executable, "-c", SLOW_DISK, seconds, *job])
+    wait_for(lambda: len(images_in(out)) >= 1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    exit_status, _, stderr = finish(process, timeout=25)
+    assert exit_status == 143
+    (line,) = [line for line in stderr.splitlines() if line.startswith("batch_generate.py: ")]
+    assert line.startswith("batch_generate.py: stopped by SIGTERM; ")
+    assert last_run(out)["state"] == "stopped by signal 15"
+
+
 def test_a_stop_with_overwrite_says_to_leave_it_out(flags, tmp_path, capsys, monkeypatch):
     forward = UNet2DConditionModel.forward
 
@@ -105,6 +140,27 @@ def test_a_stop_with_overwrite_says_to_leave_it_out(flags, tmp_path, capsys, mon
     monkeypatch.setattr(UNet2DConditionModel, "forward", forward_and_stop)
     assert run_job(*flags, "--overwrite", "--output_dir", tmp_path) == 143
     assert capsys.readouterr().err.endswith("the same command, without --overwrite, goes on from there\n")
+
+
+@pytest.mark.parametrize("number", [1, 7, 40], ids=["the first image", "one of them", "the last image"])
+def test_a_signal_while_overwrite_looks_through_the_images_removes_none(flags, tmp_path, monkeypatch, capsys, number):
+    """Pillow raises a dozen kinds of errors for a broken PNG, and all are caught: a signal must not be one of them."""
+    job = [*flags, "--output_dir", tmp_path]
+    assert run_job(*job) == 0
+    (tmp_path / "manifest.csv").unlink()  # as after a kill: each image explains itself
+    open_image, opened, before = Image.open, [], files_in(tmp_path)
+
+    def open_and_stop(*args, **options):
+        opened.append(args)
+        if len(opened) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return open_image(*args, **options)
+
+    monkeypatch.setattr(Image, "open", open_and_stop)
+    assert run_job(*job, "--overwrite") == 143
+    assert len(opened) == number
+    assert capsys.readouterr().err.splitlines()[-1].startswith("batch_generate.py: stopped by SIGTERM; ")
+    assert files_in(tmp_path) == before
 
 
 def test_the_others_stop_when_one_process_fails_and_one_cause_is_told(flags, tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def open_folder(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
             # 5. Every machine sees the folder. Only now may anything be removed.
             held.enter_context(shared_folder.shown(output_dir, coordinator))
             if is_anew:
-                _remove(output_dir, own)
+                _remove(output_dir, own, shutdown)
         yield record or RunRecord(identity=model.identity, numerics={}), len(own)
 
 
@@ -183,10 +183,11 @@ def refuse_foreign_images(config: JobConfig, model: JobModel, foreign: Collectio
             )
 
 
-def _remove(output_dir: Path, own: Collection[Item]) -> None:
+def _remove(output_dir: Path, own: Collection[Item], shutdown: Shutdown) -> None:
     """Remove these images and what else jobs wrote, and nothing besides."""
+    shutdown.check()  # also where there is no image
     with errors_of("--output_dir"):
-        for item in own:
+        for item in shutdown.checked(own):
             (output_dir / layout.file_name(*item)).unlink()
         remove_temporaries(output_dir)
         for folder in {(output_dir / layout.file_name(*item)).parent for item in own}:
