@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+import re
 import signal
 import sys
 import time
@@ -88,7 +89,7 @@ def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py")
     """
     shutdown = Shutdown()
     try:
-        config = parse_args(argv, prog)
+        config = parse_args(_without_local_rank(sys.argv[1:] if argv is None else argv), prog)
         with shutdown.listen(), shutdown.last_words(partial(_print_end, prog, config)):
             # Where the launcher is killed, torch would bury our last line under the stacks of every failed send.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -99,7 +100,7 @@ def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py")
             shutdown.check()
             return run(config, shutdown)
     except UsageError as error:
-        if launcher.process_index():
+        if launcher.process_index() and not isinstance(error, launcher.ForeignLaunchError):
             if shutdown.reason is not None:  # the main process has been told, and prints it
                 return error.exit_status
             # It finds the same error, prints it and ends the job; if it does not, this machine alone is the problem.
@@ -108,6 +109,13 @@ def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py")
     except Halted as end:
         _print_end(prog, config, end)
         return end.exit_status
+
+
+def _without_local_rank(argv: Sequence[str]) -> Sequence[str]:
+    """Leave out what torch.distributed.launch adds to the arguments; it says the same in the environment."""
+    if not launcher.is_launched():
+        return argv
+    return [argument for argument in argv if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
 
 
 def _print_end(prog: str, config: JobConfig, end: Halted) -> None:

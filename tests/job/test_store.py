@@ -233,7 +233,7 @@ def test_a_store_that_went_with_this_processs_own_launcher_is_a_stop(monkeypatch
     def gone():
         raise DistError("Connection reset by peer")
 
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(os, "getppid", iter([17, *[1] * 100]).__next__)
     with pytest.raises(Stopped, match="stopped by SIGTERM"):
         Coordinator(gone, 1, 2)

@@ -25,7 +25,7 @@ from tests.jobs import (
     tree,
     wait_for,
 )
-from tests.processes import Job, our_tracebacks, send
+from tests.processes import Job, our_tracebacks, send, still_alive
 from userdiff.dataset.manifest import PartWriter
 from userdiff.shutdown import Failed
 from userdiff.tools.status import read_status
@@ -34,6 +34,9 @@ IMPATIENT = """
 import sys
 from userdiff.job import store_client
 store_client.LOST_AFTER_PULSES = 5
+from datetime import timedelta
+from userdiff.job import launcher
+launcher.CONNECT_TIMEOUT = timedelta(seconds=8)
 from userdiff.cli import generate
 sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))
 """
@@ -208,21 +211,43 @@ def test_a_killed_process_takes_nobody_long_and_the_main_process_speaks_once(fla
 # Machines and launchers
 
 
-def test_a_launcher_that_no_longer_answers_is_given_up(flags, tmp_path, impatient):
+def test_a_launcher_that_is_stopped_is_waited_for_and_the_job_goes_on_with_it(flags, tmp_path, impatient):
+    """As by Ctrl-Z and fg: the processes are no part of the terminal's job, but the store is its launcher's."""
+    out = tmp_path / "out"
+    job = Job(launch(2, *flags, "--num_images_per_user", 400, "--output_dir", out, script=impatient))
+    wait_for(lambda: len(images_in(out)) >= 4)
+    family = job.family()
+    job.process.send_signal(signal.SIGSTOP)
+    try:
+        time.sleep(
+            20
+        )  # four times as long as one that does not answer gets, and longer than torch waits in its own store
+        assert last_run(out)["state"] == "running"
+        job.process.send_signal(signal.SIGCONT)
+        assert job.wait(120, family)
+    finally:
+        job.end(family)
+    pid = job.process.pid
+    assert job.stderr.count(f", as long as process {pid} is stopped; fg, or kill -CONT {pid}, goes on\n") == 1
+    assert job.process.returncode == 0
+    assert last_run(out)["published"] == 2000
+
+
+def test_a_signal_while_the_launcher_is_stopped_ends_its_processes(flags, tmp_path, impatient):
     out = tmp_path / "out"
     job = Job(launch(2, *flags, "--num_images_per_user", 5000, "--output_dir", out, script=impatient))
     wait_for(lambda: len(images_in(out)) >= 4)
     family = job.family()
-    workers = {pid: stat for pid, stat in family.items() if pid != job.process.pid}
     job.process.send_signal(signal.SIGSTOP)
     try:
-        wait_for(lambda: last_run(out)["state"] != "running", 90)
-        entry = last_run(out)
-        assert entry["state"] == "failed"
-        assert entry["cause"].startswith("lost contact with the launcher on 127.0.0.1:")
+        time.sleep(2)
+        workers = {pid: stat for pid, stat in family.items() if pid != job.process.pid}
+        send(list(workers), signal.SIGTERM)
+        wait_for(lambda: not still_alive(workers), 20)
+        assert last_run(out)["state"] == "stopped by signal 15"
     finally:
         job.end(family)
-    assert workers
+    assert job.stderr.count("batch_generate.py: stopped by SIGTERM; ") == 1
     assert our_tracebacks(job.stderr) == []
 
 

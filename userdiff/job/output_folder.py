@@ -104,7 +104,11 @@ def _checked_record(config: JobConfig, model: JobModel, shutdown: Shutdown) -> R
 def _why_otherwise(config: JobConfig, model: JobModel, before: Mapping[str, Any]) -> str:
     """Return what else to say where a difference may not be of the user's own doing."""
     precisions = [one.get("mixed_precision", "no") for one in (before, model.identity)]
-    why = f"--mixed_precision {precisions[0]} keeps that; " if precisions[0] != precisions[1] else ""
+    why = ""
+    if precisions[0] != precisions[1]:
+        if not config.mixed_precision and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            why = f"{precisions[1]} is the launcher's, by its configuration or ACCELERATE_MIXED_PRECISION; "
+        why += f"--mixed_precision {precisions[0]} keeps that; "
     # Earlier versions did not read these, and made other images.
     if (
         before.get("noise_schedule") != model.identity["noise_schedule"]
