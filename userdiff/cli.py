@@ -128,7 +128,9 @@ def _print_end(prog: str, config: JobConfig, end: Halted) -> None:
     line = f"{prog}: {end}" if isinstance(end, Stopped) else f"{prog}: error: {end}"
     if end.exit_status != UsageError.exit_status:  # else the same command would do no better
         progress = end.progress or f"what is done is kept in {config.output_dir}"
-        has_begun = config.overwrite and end.progress  # what was there before is removed
+        # What was there before is removed: for sure, or as far as this process can tell.
+        may_have_begun = end.progress or launcher.process_index() or launcher.restart_count()
+        has_begun = config.overwrite and may_have_begun
         again = "the same command" + (", without --overwrite," if has_begun else "")
         line = f"{line}; {progress}, {again} goes on from there"
     _print_error(line, end.exit_status)

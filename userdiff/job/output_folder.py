@@ -16,7 +16,7 @@ from userdiff.dataset.run_record import RunEntry, RunRecord, now
 from userdiff.dataset.scan import user_folders
 from userdiff.diffusion.model import JobModel
 from userdiff.identity import describe_differences
-from userdiff.job import launcher, shared_folder
+from userdiff.job import shared_folder
 from userdiff.job.plan import Plan
 from userdiff.job.store import Coordinator
 from userdiff.seeds import Item
@@ -57,8 +57,7 @@ def open_folder(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
                 locks.wait_for_writers(output_dir, on_poll=coordinator.check)
             held.callback(_forget_writers, output_dir)
         # 4. What lies there is ours and of the same identity, or may be removed; so far, nothing has been written.
-        #    A group that its launcher restarted goes on where the first one failed, whatever --overwrite says.
-        is_anew = config.overwrite and launcher.restart_count() == 0
+        is_anew = config.overwrite and not _was_begun_by(coordinator.launch_id(), output_dir)
         own = _own_images(config, model, shutdown) if is_anew else []
         record = None if is_anew else _checked_record(config, model, shutdown)
         _check_user_folders(config, model)
@@ -68,6 +67,14 @@ def open_folder(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
             if is_anew:
                 _remove(output_dir, own, shutdown)
         yield record or RunRecord(identity=model.identity, numerics={}), len(own)
+
+
+def _was_begun_by(launch: str | None, output_dir: Path) -> bool:
+    """Return whether this launch has begun the folder: a group that its launcher restarted goes on, despite --overwrite."""
+    with errors_of("--output_dir"), suppress(ValueError):  # a damaged record is no hindrance to starting again
+        record = RunRecord.read(output_dir)
+        return launch is not None and record is not None and launch in [entry.launch for entry in record.history]
+    return False
 
 
 def _check_writable(output_dir: Path) -> None:
@@ -223,6 +230,7 @@ def history_entry(
         user_ids=format_ids(plan.user_ids),
         num_images_per_user=plan.num_images_per_user,
         numerics=numerics,
+        launch=coordinator.launch_id(),
     )
 
     def note_early_end(error: BaseException, silent: Collection[str] = ()) -> None:

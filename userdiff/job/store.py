@@ -229,10 +229,11 @@ class Coordinator:
     def _say_who_is_missed(self) -> None:
         """Say, once for each, for which processes this one waits that are not there."""
         for other in self._watched:
-            if self._signs.is_silent(other, store_client.SPOKEN_AFTER_PULSES) and f"process {other}" not in self._said:
-                self._said.add(f"process {other}")
-                if self.is_first(f"where process {other} is") and not self._ask(partial(_has_left, other)):
-                    what = "gives no sign of life" if self._signs.has_joined(other) else "has not joined the job yet"
+            what = "gives no sign of life" if self._signs.has_joined(other) else "has not joined the job yet"
+            key = f"process {other} {what}"
+            if self._signs.is_silent(other, store_client.SPOKEN_AFTER_PULSES) and key not in self._said:
+                self._said.add(key)
+                if self.is_first(key) and not self._ask(partial(_has_left, other)):
                     patience = _seconds(self._signs.patience(other))
                     self._say(
                         f"waiting for {self._ask(partial(_name, other))}, which {what}; given up after {patience}"
@@ -289,11 +290,8 @@ class Coordinator:
         for other in self._watched:
             patience = self._signs.patience(other)
             if self._signs.is_silent(other, patience) and not _has_left(other, store):
-                what = (
-                    "has given no sign of life for"
-                    if self._signs.has_joined(other)
-                    else "has not joined the job within"
-                )
+                has_joined = self._signs.has_joined(other)
+                what = "has given no sign of life for" if has_joined else "has not joined the job within"
                 _set_reason(store, f"{_name(other, store)} {what} {_seconds(patience)}")
         if store.check(["halt"]):
             self.shutdown.set(_reason(store.get("halt")))
