@@ -10,10 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.jobs import ROOT
 from userdiff.shutdown import GRACE_SECONDS, Failed, Shutdown, Stopped
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture(autouse=True)
+def terminal():
+    """The tests themselves may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_noted_and_everything_is_put_back(number):
     before, files = signal.getsignal(number), len(list(Path("/proc/self/fd").iterdir()))
     with Shutdown().listen() as shutdown:
@@ -50,7 +59,7 @@ def test_a_reason_that_comes_late_kills_nobody(monkeypatch):
 
 
 def test_an_orphan_counts_as_told_to_terminate(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with Shutdown().listen() as shutdown:
         shutdown.check()
         monkeypatch.setattr(os, "getppid", lambda: 1)
@@ -58,6 +67,54 @@ def test_an_orphan_counts_as_told_to_terminate(monkeypatch):
         while shutdown.reason is None and time.monotonic() < deadline:
             time.sleep(0.01)
         assert (shutdown.reason.exit_status, shutdown.reason.is_alone) == (143, True)
+
+
+def test_a_shell_that_ends_takes_no_job_with_it_whatever_a_launch_left_in_the_environment(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with Shutdown().listen() as shutdown:
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        time.sleep(0.6)  # two looks
+        shutdown.check()
+
+
+PARENT = """
+import subprocess, sys
+child = "import os, sys; sys.path[:0] = [os.getcwd()]; from userdiff.shutdown import Shutdown; print(Shutdown()._has_launcher)"
+sys.exit(subprocess.call([sys.executable, "-c", child]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "is_launcher"),
+    [
+        ("accelerate", ["launch"], True),
+        ("accelerate-launch", [], True),
+        ("accelerate/commands/launch.py", [], True),
+        ("scheduler.py", ["--note", "accelerate launch"], False),
+        ("accelerated.py", [], False),
+    ],
+)
+def test_accelerate_is_known_by_its_command_line(name, more, is_launcher, tmp_path):
+    """Of a single process it says nothing in the environment."""
+    script = tmp_path / name
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(PARENT)
+    done = subprocess.run(
+        [sys.executable, script, *more], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+    )
+    assert done.stdout == f"{is_launcher}\n"
+
+
+def test_a_hangup_that_is_ignored_stays_so():
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Shutdown().listen() as shutdown:
+            os.kill(os.getpid(), signal.SIGHUP)
+            shutdown.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # What hears no signal
@@ -75,7 +132,7 @@ with it.listen(), it.last_words(lambda reason: print("last", reason)), it.last_w
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_wait_inside_a_library_ends_with_the_grace_and_last_words_are_said(number):
     with subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "listening\n"
@@ -87,6 +144,23 @@ def test_a_wait_inside_a_library_ends_with_the_grace_and_last_words_are_said(num
             process.kill()
     name = signal.Signals(number).name
     assert (process.returncode, stdout) == (128 + number, f"first stopped by {name}\nlast stopped by {name}\n")
+
+
+SILENCED = """
+import os, signal, threading
+from userdiff import shutdown
+shutdown.GRACE_SECONDS, shutdown.LAST_SECONDS = 0.3, 0.5
+it = shutdown.Shutdown()
+wait_for_ever = threading.Event().wait
+with it.listen(), it.last_words(lambda reason: print("the last one")), it.last_words(lambda reason: wait_for_ever()):
+    os.kill(os.getpid(), signal.SIGTERM)
+    wait_for_ever()
+"""
+
+
+def test_last_words_that_a_disk_keeps_back_hold_up_neither_the_end_nor_the_others():
+    done = subprocess.run([sys.executable, "-c", SILENCED], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout) == (143, "the last one\n")
 
 
 ORDERLY = """

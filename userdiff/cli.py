@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -93,7 +94,7 @@ def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py")
     _open_streams()
     shutdown = Shutdown()
     try:
-        config = parse_args(argv, prog)
+        config = parse_args(_without_local_rank(sys.argv[1:] if argv is None else argv), prog)
         with shutdown.listen(), shutdown.last_words(partial(_print_end, prog, config)):
             # Where the launcher is killed, torch would bury our last line under the stacks of every failed send.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -107,7 +108,7 @@ def generate(argv: Sequence[str] | None = None, prog: str = "batch_generate.py")
             shutdown.check()
             return run(config, shutdown)
     except UsageError as error:
-        if launcher.process_index():
+        if launcher.process_index() and not isinstance(error, launcher.ForeignLaunchError):
             if shutdown.reason is not None:  # the main process has been told, and prints it
                 return error.exit_status
             # It finds the same error, prints it and ends the job; if it does not, this machine alone is the problem.
@@ -137,6 +138,13 @@ def _check_temporary_folder() -> None:
         raise UsageError(f"TMPDIR: {error.strerror}, needed: one that can be written to") from error
 
 
+def _without_local_rank(argv: Sequence[str]) -> Sequence[str]:
+    """Leave out what torch.distributed.launch adds to the arguments; it says the same in the environment."""
+    if not launcher.is_launched():
+        return argv
+    return [argument for argument in argv if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
+
+
 def _print_end(prog: str, config: JobConfig, end: Halted) -> None:
     """Print why a job ended early, how far it got, and how to go on.
 
@@ -147,7 +155,9 @@ def _print_end(prog: str, config: JobConfig, end: Halted) -> None:
     line = f"{prog}: {end}" if isinstance(end, Stopped) else f"{prog}: error: {end}"
     if end.exit_status != UsageError.exit_status:  # else the same command would do no better
         progress = end.progress or f"what is done is kept in {config.output_dir}"
-        has_begun = config.overwrite and end.progress  # what was there before is removed
+        # What was there before is removed: for sure, or as far as this process can tell.
+        may_have_begun = end.progress or launcher.process_index() or launcher.restart_count()
+        has_begun = config.overwrite and may_have_begun
         again = "the same command" + (", without --overwrite," if has_begun else "")
         line = f"{line}; {progress}, {again} goes on from there"
     _print_error(line, end.exit_status)

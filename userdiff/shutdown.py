@@ -6,18 +6,22 @@ when GRACE_SECONDS are over. Nothing is lost by that, since every file is publis
 """
 
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 GRACE_SECONDS = 8.0
+LAST_SECONDS = 1.5  # then, for last words: a disk that does not answer may keep them back
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_SECONDS = 0.25  # how often the thread looks for a signal, or for a launcher that has died
+_ACCELERATE = re.compile(r"(^|/)accelerate(-launch)?$|^accelerate\.commands\.|/accelerate/commands/\w+\.py$")
 
 T = TypeVar("T")
 
@@ -51,7 +55,8 @@ class Shutdown:
     def __init__(self) -> None:
         self.reason: Halted | None = None
         self._deadline = float("inf")
-        self._parent = os.getppid()
+        self._parent = os.getppid()  # 0 for the first process of a container
+        self._has_launcher = _is_launched_by(self._parent)
         self._last_words: list[Callable[[Halted], None]] = []
         self._end = threading.Lock()  # held by the thread that ends the process, or by whoever tells it not to
 
@@ -78,7 +83,7 @@ class Shutdown:
 
     def is_orphan(self) -> bool:
         """Return whether the launcher that started this process has died: nobody else would tell it to end."""
-        return "LOCAL_RANK" in os.environ and os.getppid() != self._parent
+        return self._has_launcher and os.getppid() != self._parent
 
     @contextmanager
     def last_words(self, say: Callable[[Halted], None]) -> Iterator[None]:
@@ -91,14 +96,18 @@ class Shutdown:
 
     @contextmanager
     def listen(self) -> Iterator["Shutdown"]:
-        """Take SIGINT, SIGTERM and the launcher's death as reasons to end. For the main thread, once."""
+        """Take a signal to end and the launcher's death as reasons to end. For the main thread, once.
+
+        A SIGHUP that is ignored, as nohup has it, stays so: the job outlives its terminal.
+        """
         reader, writer = os.pipe()
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
         is_over = threading.Event()
         watch = threading.Thread(target=self._watch, args=(reader, is_over), name="shutdown", daemon=True)
         watch.start()
-        before = {number: signal.signal(number, lambda number, _: self.set(Stopped(number))) for number in _SIGNALS}
+        numbers = [number for number in _SIGNALS if not _is_ignored_hangup(number)]
+        before = {number: signal.signal(number, lambda number, _: self.set(Stopped(number))) for number in numbers}
         # A handler written in Python runs only when the operation in progress returns. The interpreter writes the number
         # of a signal to this file at once, so the thread learns of it meanwhile.
         fd_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -127,10 +136,39 @@ class Shutdown:
                     self._leave(self.reason)
 
     def _leave(self, reason: Halted) -> None:
-        for say in reversed(self._last_words):
-            with suppress(Exception):
-                say(reason)
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(Exception):
-                stream.flush()
+        deadline = time.monotonic() + LAST_SECONDS
+        for say in (*reversed(self._last_words), lambda _: _flush()):
+            speaker = threading.Thread(target=_try, args=(say, reason), daemon=True)
+            speaker.start()
+            speaker.join(max(deadline - time.monotonic(), 0.1))
         os._exit(reason.exit_status)
+
+
+def _try(say: Callable[[Halted], None], reason: Halted) -> None:
+    with suppress(Exception):
+        say(reason)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+
+
+def _is_ignored_hangup(number: int) -> bool:
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
+def _is_launched_by(parent: int) -> bool:
+    """Return whether the parent process is a launcher, without which this process has no reason to go on.
+
+    torchrun says so itself. Accelerate starts a single process without a word: there, the parent's command line tells.
+    Any other parent, such as a shell, may end before its children do.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return False
+    return Path(words[0]).name.startswith("python") and any(_ACCELERATE.search(word) for word in words[1:])

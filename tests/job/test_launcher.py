@@ -1,11 +1,24 @@
 """What the launcher tells its processes."""
 
+import shlex
+import sys
+import time
+
 import pytest
 from torch.distributed import TCPStore
 
 from tests.checkpoints import model_flags
-from tests.jobs import run_job
+from tests.jobs import finish, images_in, run_job, start
 from userdiff.job import launcher
+
+TO_RUN_ALONE = "needed: accelerate launch; or env -u TORCHELASTIC_RUN_ID -u WORLD_SIZE, to run alone"
+IMPATIENT = """
+import sys
+from userdiff.job import store_client
+store_client.JOIN_PULSES = 15
+from userdiff.cli import generate
+sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))
+"""
 
 
 @pytest.fixture
@@ -54,26 +67,137 @@ def test_a_launcher_is_believed(launched):
     assert (launcher.process_index(), launcher.num_processes()) == (0, 2)
 
 
-def test_a_compiler_that_nobody_knows_is_named(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "STALE")
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"BACKEND": "STALE"}, "--dynamo_backend: 'STALE' is not a valid DynamoBackend"),
+        ({"BACKEND": "TENSORRT"}, "--dynamo_backend: Invalid backend: 'tensorrt', "),
+        ({"BACKEND": "INDUCTOR", "MODE": "stale"}, "--dynamo_backend: Unrecognized mode=stale, "),
+    ],
+)  # fmt: skip
+def test_a_compiler_that_nobody_knows_is_named(environment, said, checkpoint, tmp_path, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
     assert run_job(*model_flags(checkpoint), "--output_dir", tmp_path / "out", "--device", "cpu") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("batch_generate.py: error: --dynamo_backend: ")
-    assert "STALE" in line
+    assert line.startswith(f"batch_generate.py: error: {said}")
+    assert "ACCELERATE_DYNAMO_BACKEND=" in line
+    assert not (tmp_path / "out").exists()
 
 
-def test_processes_meet_in_the_launchers_store_apart_from_the_group_and_from_a_group_before(launched, monkeypatch):
-    """Gloo would take the addresses of processes that are gone for those of its peers, and wait for them."""
+def test_a_switch_that_is_none_is_named(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "perhaps")
+    assert run_job(*model_flags(checkpoint), "--output_dir", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "batch_generate.py: error: ACCELERATE_USE_CPU: invalid truth value perhaps"
 
-    def group():
-        return launcher.process_group(launcher.CONNECT_TIMEOUT)["store"]
 
+def test_processes_meet_in_the_launchers_store_apart_from_a_group_before(launched, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    group().set("plan", "2")
-    assert not launcher.open_store().check(["plan"])
     launcher.open_store().set("plan", "1")
     assert launcher.open_store().get("plan") == b"1"
-    assert group().get("plan") == b"2"
+    launch = launcher.open_store().get("launch")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert not launcher.open_store().check(["plan"])
-    assert not group().check(["plan"])
+    assert launcher.open_store().get("launch") == launch  # the same launch goes on
+
+
+@pytest.mark.parametrize("argument", ["--local-rank=0", "--local_rank=0"])
+def test_what_torchs_older_launcher_adds_to_the_arguments_is_left_out(launched, argument, checkpoint, tmp_path, capsys):
+    job = [argument, *model_flags(checkpoint), "--output_dir", tmp_path / "out", "--user_ids", "99"]
+    assert run_job(*job) == 2
+    assert capsys.readouterr().err.startswith("batch_generate.py: error: --user_ids: 99 is out of range")
+
+
+def test_without_a_launcher_it_is_no_flag(capsys):
+    assert run_job("--local_rank=0") == 2
+    assert capsys.readouterr().err.startswith("batch_generate.py: error: --local_rank: no such flag")
+
+
+def test_bf16_that_a_configuration_brings_into_a_folder_costs_no_dataset(checkpoint, tmp_path, monkeypatch, capsys):
+    job = [*model_flags(checkpoint), "--num_inference_steps", 1, "--output_dir", tmp_path / "out"]
+    assert run_job(*job) == 0
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert run_job(*job) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "bf16 is the launcher's, by its configuration or ACCELERATE_MIXED_PRECISION; --mixed_precision no keeps" in line
+    )
+    assert run_job(*job, "--mixed_precision", "no") == 0
+
+
+# Variables that are not for this process
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("RANK", None, "RANK: None in the environment, beside TORCHELASTIC_RUN_ID, is no whole number, "),
+        ("RANK", "first", "RANK: 'first' in the environment, beside TORCHELASTIC_RUN_ID, is no whole number, "),
+        ("RANK", "2", "RANK: 2 in the environment is none of WORLD_SIZE 2, "),
+        ("WORLD_SIZE", "", "WORLD_SIZE: '' in the environment, beside TORCHELASTIC_RUN_ID, is no whole number, "),
+        ("MASTER_PORT", "-1", "MASTER_PORT: '-1' in the environment, beside TORCHELASTIC_RUN_ID, is no whole number, "),
+        ("MASTER_ADDR", None, "MASTER_ADDR: not in the environment, beside TORCHELASTIC_RUN_ID, "),
+    ],
+)
+def test_half_a_launchers_variables_are_refused_by_name(
+    launched, name, value, said, checkpoint, tmp_path, monkeypatch, capsys
+):
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    assert run_job(*model_flags(checkpoint), "--output_dir", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"batch_generate.py: error: {said}")
+    assert line.endswith(TO_RUN_ALONE)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("way", ["subprocess", "shell"])
+def test_a_job_that_a_launched_program_starts_is_told_so_at_once(launched, way, checkpoint, tmp_path):
+    """It would wait for processes that never come, in a store that is not its own."""
+    job = [sys.executable, "batch_generate.py", *model_flags(checkpoint), "--output_dir", str(tmp_path / "out")]
+    call = {"subprocess": f"subprocess.call({job})", "shell": f"os.system({shlex.join(job) + '; exit $?'!r}) // 256"}[
+        way
+    ]
+    status, _, stderr = finish(
+        start([sys.executable, "-c", f"import os, subprocess, sys; sys.exit({call})"]), timeout=60
+    )
+    assert status == 2
+    (line,) = stderr.splitlines()
+    assert line.startswith("batch_generate.py: error: TORCHELASTIC_RUN_ID: in the environment for process ")
+    assert line.endswith(TO_RUN_ALONE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shell_that_was_launched_may_start_the_job(launched, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    job = [sys.executable, "batch_generate.py", *model_flags(checkpoint), "--output_dir", str(tmp_path / "out")]
+    status, _, stderr = finish(start(["bash", "-c", f"{shlex.join([*job, '--num_images_per_user', '1'])}; exit $?"]))
+    assert status == 0, stderr
+
+
+def test_a_second_job_of_one_launch_is_told_so_at_once(launched, checkpoint, tmp_path, monkeypatch):
+    """It would read the first one's plan."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    job = [sys.executable, "batch_generate.py", *model_flags(checkpoint), "--num_images_per_user", 1, "--output_dir"]
+    for number, expected in [(1, 0), (2, 2)]:
+        shell = f"{shlex.join(map(str, [*job, tmp_path / str(number)]))}; exit $?"
+        status, _, stderr = finish(start(["bash", "-c", shell]))
+        assert status == expected, stderr
+    (line,) = stderr.splitlines()
+    assert line.startswith(f"batch_generate.py: error: RANK: 0 of the launch on 127.0.0.1:{launched.port} is process ")
+    assert line.endswith(TO_RUN_ALONE)
+    assert not (tmp_path / "2").exists()
+
+
+def test_a_process_that_never_joins_is_named_within_seconds_and_given_up(launched, checkpoint, tmp_path):
+    job = [*model_flags(checkpoint), "--num_images_per_user", 1, "--output_dir", tmp_path / "out"]
+    started = time.monotonic()
+    status, _, stderr = finish(start([sys.executable, "-c", IMPATIENT, *map(str, job)], GLOO_SOCKET_IFNAME="ib0"))
+    assert status == 1
+    assert time.monotonic() - started < 100
+    assert "Warning: waiting for process 1, which has not joined the job yet; given up after 15 s\n" in stderr
+    assert "batch_generate.py: error: process 1 has not joined the job within 15 s; " in stderr
+    assert len(images_in(tmp_path / "out")) == 5  # nobody waits for it before all is made

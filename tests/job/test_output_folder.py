@@ -20,11 +20,13 @@ from tests.checkpoints import model_flags
 from tests.dataset.test_png import crafted_png
 from tests.definitions import chunks_of, files_in, png_of
 from tests.jobs import finish, images_in, play_processes, run_job, start, tree
+from userdiff import cli
+from userdiff.config import parse_args
 from userdiff.dataset import locks, scan
 from userdiff.diffusion import generate
-from userdiff.job import output_folder, run, store, worker
+from userdiff.job import launcher, output_folder, run, store, worker
 from userdiff.job.output_folder import disk_failure
-from userdiff.shutdown import Stopped
+from userdiff.shutdown import Failed, Stopped
 
 
 @pytest.fixture(scope="module")
@@ -483,10 +485,61 @@ def test_overwrite_removes_what_a_job_wrote_and_nothing_else(job, out, tmp_path)
     assert len(json.loads((out / "run.json").read_text())["history"]) == 1
 
 
-def test_a_group_that_the_launcher_restarts_does_not_start_again(job, out, monkeypatch, capsys):
-    monkeypatch.setattr(output_folder.launcher, "restart_count", lambda: 1)
+@pytest.mark.parametrize("begins", [0, 1, 2])
+def test_a_launch_starts_again_once_however_often_its_group_is_restarted(job, out, monkeypatch, capsys, begins):
+    """The first group may die before it has begun: what it was to replace is still there, and is replaced then."""
+    monkeypatch.setattr(store.Coordinator, "launch_id", lambda coordinator: "this launch")
+    remove = output_folder._remove
+    for attempt in range(3):
+        monkeypatch.setattr(launcher, "restart_count", lambda attempt=attempt: attempt)
+        monkeypatch.setattr(output_folder, "_remove", remove if attempt >= begins else dying)
+        status = run_job(*job, "--overwrite")
+        said = capsys.readouterr().out
+        assert status == (0 if attempt >= begins else 1)
+        assert ("Removed: 15 images" in said) == (attempt == begins)
+        assert ("15 already there, 0 to make" in said) == (attempt > begins)
+    monkeypatch.setattr(store.Coordinator, "launch_id", lambda coordinator: "the next launch")
     assert run_job(*job, "--overwrite") == 0
-    assert "15 already there, 0 to make" in capsys.readouterr().out
+    assert "Removed: 15 images" in capsys.readouterr().out
+
+
+def dying(*_):
+    raise Failed("the process dies before it removes anything")
+
+
+def test_a_removal_that_broke_off_is_gone_on_with_by_the_restarted_group(job, out, monkeypatch, capsys):
+    """What is left is of the old dataset, and maybe of another model."""
+    monkeypatch.setattr(store.Coordinator, "launch_id", lambda coordinator: "this launch")
+    unlink, removed = Path.unlink, []
+
+    def unlink_and_die(path, missing_ok=False):
+        if path.suffix == ".png":
+            removed.append(path)
+        if len(removed) == 5:
+            raise Failed("the process dies")
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink_and_die)
+        assert run_job(*job, "--seed", 7, "--overwrite") == 1
+    assert len(images_in(out)) == 11
+    assert run_job(*job, "--seed", 7, "--overwrite") == 0
+    assert "0 already there, 15 to make" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("process_index", "restarts", "again"),
+    [(0, 0, "the same command goes"), (0, 1, "the same command, without"), (1, 0, "the same command, without")],
+)
+def test_whoever_cannot_tell_whether_all_was_removed_advises_what_removes_nothing(
+    job, monkeypatch, capsys, process_index, restarts, again
+):
+    """The main process of a launch with --overwrite may have died, and a machine's first process speaks."""
+    monkeypatch.setattr(cli.launcher, "process_index", lambda: process_index)
+    monkeypatch.setattr(cli.launcher, "restart_count", lambda: restarts)
+    config = parse_args([str(flag) for flag in [*job, "--overwrite"]])
+    cli._print_end("batch_generate.py", config, Failed("lost contact with the launcher", is_alone=True))
+    assert f"; what is done is kept in {config.output_dir}, {again}" in capsys.readouterr().err
 
 
 # Flat images

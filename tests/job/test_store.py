@@ -10,7 +10,7 @@ from torch.distributed import DistError, HashStore
 
 from tests.jobs import wait_for
 from userdiff.config import UsageError
-from userdiff.job import store, store_client
+from userdiff.job import launcher, store, store_client
 from userdiff.job.store import Coordinator
 from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
 
@@ -182,6 +182,35 @@ def test_a_process_without_a_sign_of_life_is_named_and_one_that_left_in_order_is
         assert str(reason).endswith("has given no sign of life for 0 s")
 
 
+@pytest.mark.parametrize(("waiting", "missed"), [(0, 1), (1, 0)])
+@pytest.mark.parametrize("has_joined", [True, False])
+def test_whoever_waits_says_once_for_whom(quick_pulse, waiting, missed, has_joined):
+    shared, said = HashStore(), []
+    if has_joined:
+        dead = Coordinator(lambda: shared, missed, 2)
+        dead._client.close()  # as SIGKILL would have it: without a word
+    with Coordinator(lambda: shared, waiting, 2, say=said.append) as coordinator, ThreadPoolExecutor(1) as threads:
+        threads.submit(coordinator.wait_for, "plan")
+        wait_for(lambda: said, 20)
+        time.sleep(0.3)
+        coordinator.set("plan", "1")
+    name = f"process {missed} on {socket.gethostname()}" if has_joined else f"process {missed}"
+    what = (
+        "gives no sign of life; given up after 3 s" if has_joined else "has not joined the job yet; given up after 30 s"
+    )
+    assert said == [f"waiting for {name}, which {what}"]
+
+
+def test_a_store_that_does_not_answer_is_spoken_of_by_one_process_of_each_machine(impatient, monkeypatch):
+    said, opened = [], threading.Event()
+    for local_process_index in (0, 1):
+        monkeypatch.setattr(launcher, "local_process_index", lambda index=local_process_index: index)
+        with pytest.raises(Failed, match="lost contact"):
+            Coordinator(lambda: opened.wait() and HashStore(), 1, 2, say=said.append)
+    opened.set()
+    assert said == [f"waiting for the launcher on {launcher.address()}, which does not answer; given up after 0 s"]
+
+
 def test_workers_miss_a_main_process_that_died(processes, impatient):
     main, worker = processes(2)
     main._client.close()
@@ -233,7 +262,7 @@ def test_a_store_that_went_with_this_processs_own_launcher_is_a_stop(monkeypatch
     def gone():
         raise DistError("Connection reset by peer")
 
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(os, "getppid", iter([17, *[1] * 100]).__next__)
     with pytest.raises(Stopped, match="stopped by SIGTERM"):
         Coordinator(gone, 1, 2)

@@ -9,7 +9,7 @@ import pytest
 
 from userdiff.job import worker
 from userdiff.job.worker import WriterPool
-from userdiff.shutdown import Stopped
+from userdiff.shutdown import Shutdown, Stopped
 
 PATIENCE = 10  # seconds until a test gives up on another thread; none waits that long when all is well
 
@@ -183,3 +183,26 @@ def test_images_still_pending_do_not_hold_up_a_stop(monkeypatch):
             writers.submit(lambda: written.append("one of those that wait"))
         raise Stopped(signal.SIGTERM)
     assert written == ["the one that is quick", "the one under way"]
+
+
+@pytest.mark.parametrize("where", ["submitting", "leaving"])
+def test_a_stop_is_heard_by_whoever_waits_for_a_slow_disk(monkeypatch, where):
+    """A whole batch is handed over at once: of 64 images, a disk that takes a second for each had made none."""
+    monkeypatch.setattr(worker, "DRAIN_SECONDS", 0.1)
+    shutdown, gate, written = Shutdown(), threading.Event(), []
+
+    def write():
+        assert gate.wait(PATIENCE)
+        written.append("an image")
+
+    def stop():
+        shutdown.set(Stopped(signal.SIGTERM))
+        threading.Timer(0.5, gate.set).start()
+
+    with pytest.raises(Stopped), WriterPool(2, 4, on_wait=shutdown.check) as pool:  # noqa: PT012 - the pool is what is tested
+        for _ in range(4):
+            pool.submit(write)
+        threading.Timer(0.2, stop).start()
+        if where == "submitting":
+            pool.submit(write)
+    assert len(written) == 2  # those under way

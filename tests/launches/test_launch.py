@@ -1,6 +1,7 @@
 """Real processes under `accelerate launch`, as the README says."""
 
 import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -86,15 +87,42 @@ def test_a_terminated_launch_goes_on_where_it_stopped(flags, tmp_path):
     assert tree(out) == tree(tmp_path / "plain")
 
 
-def test_workers_whose_launcher_was_killed_go_too(flags, tmp_path):
-    launcher = launch(2, *flags, "--num_images_per_user", 2000, "--output_dir", tmp_path)
+@pytest.mark.parametrize(
+    ("config", "num_processes", "number"),
+    [
+        ("cpu", 2, signal.SIGKILL),
+        ("single_gpu", 1, signal.SIGKILL),
+        ("single_gpu", 1, signal.SIGTERM),  # this launcher passes none on
+        ("single_gpu", 1, signal.SIGHUP),
+    ],
+)
+def test_workers_whose_launcher_was_killed_go_too(flags, tmp_path, config, num_processes, number):
+    job = [*flags, "--mixed_precision", "no", "--num_images_per_user", 2000, "--output_dir", tmp_path]
+    launcher = launch(num_processes, *job, config=f"{config}.yaml")
     wait_for(lambda: len(images_in(tmp_path)) >= 8)
-    launcher.kill()
+    launcher.send_signal(number)
     _, _, stderr = finish(launcher, timeout=60)  # until the last worker has closed its end of the pipe
     assert "stopped by SIGTERM; " in stderr
     assert "frame #" not in stderr  # torch's stacks, of every message that could not be sent
     assert "Traceback" not in stderr
     assert last_run(tmp_path)["state"] == "stopped by signal 15"
+
+
+def test_a_hangup_ends_all_processes_of_a_launch_and_says_so(flags, tmp_path):
+    """As when a connection is lost."""
+    job = launch(2, *flags, "--num_images_per_user", 2000, "--output_dir", tmp_path)
+    wait_for(lambda: len(images_in(tmp_path)) >= 8)
+    job.send_signal(signal.SIGHUP)
+    _, _, stderr = finish(job, timeout=60)
+    assert stderr.count("batch_generate.py: stopped by SIGHUP; ") == 1
+    assert last_run(tmp_path)["state"] == "stopped by signal 1"
+
+
+def test_a_job_outlives_the_shell_that_started_it_under_nohup(flags, tmp_path):
+    command = shlex.join(map(str, [sys.executable, "batch_generate.py", *flags, "--output_dir", tmp_path]))
+    finish(start(["bash", "-c", f"export LOCAL_RANK=0 ACCELERATE_MIXED_PRECISION=no; nohup {command} & sleep 2"]))
+    wait_for(lambda: (tmp_path / "run.json").exists() and last_run(tmp_path)["state"] == "ended")
+    assert len(images_in(tmp_path)) == 35
 
 
 def test_the_original_command_line_works_with_the_scripts_name_changed(checkpoint, tmp_path):

@@ -330,6 +330,40 @@ def test_a_group_that_the_launcher_restarts_after_a_crash_goes_on(checkpoint, tm
     assert tree(out) == tree(tmp_path / "plain")
 
 
+DIES_BEFORE_IT_BEGINS = """
+import os
+import signal
+import sys
+from userdiff.cli import generate
+from userdiff.job import run
+
+load_model = run.load_model
+
+def load_or_die(*args):
+    if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return load_model(*args)
+
+run.load_model = load_or_die
+sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))
+"""
+
+
+def test_a_group_that_died_before_it_began_leaves_overwrite_to_the_next(checkpoint, tmp_path):
+    """It was ignored after any restart, and what was to be replaced was kept."""
+    flags = [*model_flags(checkpoint), "--num_inference_steps", 1, "--num_images_per_user", 2]
+    out = tmp_path / "out"
+    assert run_job(*flags, "--seed", 7, "--output_dir", out) == 0
+    script = tmp_path / "batch_generate.py"
+    script.write_text(DIES_BEFORE_IT_BEGINS)
+    job = launch(2, *flags, "--overwrite", "--output_dir", out, launcher_flags=["--max_restarts", "1"], script=script)
+    status, stdout, stderr = finish(job)
+    assert status == 0, stderr
+    assert "Removed: 10 images of earlier runs" in stdout
+    assert run_job(*flags, "--output_dir", tmp_path / "plain") == 0
+    assert tree(out) == tree(tmp_path / "plain")
+
+
 # The text
 
 

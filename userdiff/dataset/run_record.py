@@ -39,6 +39,8 @@ class RunEntry:
     """Why the run ended early."""
     joined: list[str] | None = None
     """The names of the folders that a merge joined."""
+    launch: str | None = None
+    """What tells the launch from any other, where its launcher may restart the processes."""
     num_processes: int
     user_ids: str
     """The users that were asked for, as `--user_ids` has them: `1-3 5`."""
@@ -53,7 +55,7 @@ class RunEntry:
         """Raise one of _ODD for values that no run writes."""
         kinds: list[tuple[Any, list[object]]] = [
             (str, [self.started, self.state, self.user_ids]),
-            ((str, NoneType), [self.ended, self.cause]),
+            ((str, NoneType), [self.ended, self.cause, self.launch]),
             ((list, NoneType), [self.joined]),
             (dict, [self.numerics]),
             (list, [self.failed]),
@@ -86,7 +88,8 @@ class RunEntry:
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as `run.json` has it."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("joined", None)}
+        left_out = [("joined", None), ("launch", None)]
+        return {name: value for name, value in asdict(self).items() if (name, value) not in left_out}
 
 
 @dataclass(kw_only=True)

@@ -1,9 +1,13 @@
 """What the launcher tells its processes through their environment, and the store it keeps for them."""
 
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from userdiff.config import UsageError
 
@@ -11,7 +15,14 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 CONNECT_TIMEOUT = timedelta(seconds=60)
+_NO_TIMEOUT = timedelta(days=365)  # for an answer: who asks has a bound of his own
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_PLACE = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "RANK")  # of one process among all of one launch
+_TO_RUN_ALONE = "needed: accelerate launch; or env -u TORCHELASTIC_RUN_ID -u WORLD_SIZE, to run alone"
+
+
+class ForeignLaunchError(UsageError):
+    """The variables in the environment are those of a launch that did not start this process."""
 
 
 def is_launched() -> bool:
@@ -24,6 +35,8 @@ def is_launched() -> bool:
 
 def check_environment() -> None:
     """Raise UsageError for variables that say what is not so, and that torch or accelerate would believe."""
+    if is_launched():
+        _check_launch()
     for name in _SIZES:
         size = os.environ.get(name, "")
         if not is_launched() and size.isdecimal() and int(size) > 1:
@@ -35,9 +48,43 @@ def check_environment() -> None:
         raise UsageError(f"ACCELERATE_TORCH_DEVICE: {device} in the environment, needed: not set; --device says which")
 
 
+def _check_launch() -> None:
+    """Raise ForeignLaunchError where the launcher's variables are not whole, or where another program inherited them."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ.get(name, "").isdecimal():
+            value = os.environ.get(name)
+            raise ForeignLaunchError(
+                f"{name}: {value!r} in the environment, beside TORCHELASTIC_RUN_ID, is no whole number, {_TO_RUN_ALONE}"
+            )
+    if process_index() >= num_processes():
+        raise ForeignLaunchError(
+            f"RANK: {process_index()} in the environment is none of WORLD_SIZE {num_processes()}, {_TO_RUN_ALONE}"
+        )
+    if not os.environ.get("MASTER_ADDR"):
+        raise ForeignLaunchError(f"MASTER_ADDR: not in the environment, beside TORCHELASTIC_RUN_ID, {_TO_RUN_ALONE}")
+    if pid := _program_that_was_launched():
+        raise ForeignLaunchError(
+            f"TORCHELASTIC_RUN_ID: in the environment for process {pid}, another program, which started this one, "
+            f"{_TO_RUN_ALONE}"
+        )
+
+
+def check_claim(holder: str, claimant: str) -> None:
+    """Raise ForeignLaunchError where another process of the launch is what this process takes itself for."""
+    if holder != claimant:
+        raise ForeignLaunchError(
+            f"RANK: {process_index()} of the launch on {address()} is {holder} already, and joins one job, {_TO_RUN_ALONE}"
+        )
+
+
 def _number(name: str, alone: int) -> Callable[[], int]:
-    """Return a function that reads a number that the launcher has set; `alone` where there is no launcher."""
-    return lambda: int(os.environ.get(name, alone)) if is_launched() else alone
+    """Return a function that reads a number that the launcher has set; `alone` where there is no launcher, or no number."""
+
+    def number() -> int:
+        text = os.environ.get(name, "")
+        return int(text) if is_launched() and text.isdecimal() else alone
+
+    return number
 
 
 process_index = _number("RANK", 0)
@@ -58,38 +105,72 @@ def wants_gpus() -> bool:
     return is_half or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "false"
 
 
+# The store -----------------------------------------------------------------------------------------------------------
+
+
 def address() -> str:
     """Return where the launcher keeps the store."""
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
-def open_store() -> "Store":
-    """Open the job's store: in memory for one process, else on the launcher's own address and port.
+def this_process() -> str:
+    """Return what tells this process from any other that meets the launcher's store."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
-    The launcher's store outlives a group of processes that it restarts, so the restart count is part of every key.
+
+def open_store() -> "Store":
+    """Open the job's store: the launcher's own, on its address and port; in memory where there is none.
+
+    The launcher's store outlives a group of processes that it restarts, so the restart count is part of every key. A key
+    `launch` has what is the same for all these groups, and for no other launch.
     """
     from torch.distributed import HashStore, PrefixStore, TCPStore
 
-    if num_processes() == 1:
+    if not is_launched():
         return HashStore()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(host, port, is_master=False, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
-    return PrefixStore(f"userdiff/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{restart_count()}", store)
+    server = TCPStore(host, port, is_master=False, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
+    server.set_timeout(_NO_TIMEOUT)
+    launch = PrefixStore(f"userdiff/{os.environ['TORCHELASTIC_RUN_ID']}", server)
+    store = PrefixStore(str(restart_count()), launch)
+    store.set("launch", launch.compare_set("launch", "", uuid4().hex).decode())
+    return store
 
 
-def process_group(timeout: timedelta) -> dict[str, Any]:
-    """Return the arguments with which `torch.distributed.init_process_group` joins the launcher's processes over gloo.
+# Processes, as far as Linux tells of them ------------------------------------------------------------------------------
 
-    They meet in `open_store`. In torch's own store, a restarted group could read the addresses of the one before, and hang.
+
+def stopped_launcher() -> int | None:
+    """Return the process above this one that is stopped, as by Ctrl-Z; None where there is none.
+
+    The processes that a launcher starts are no part of its terminal's job: they go on while it is stopped, and only its
+    store does not answer.
     """
-    from torch.distributed import PrefixStore
+    return next((pid for pid, state in _ancestors() if state in ("T", "t")), None)
 
-    store = PrefixStore("process_group", open_store())
-    store.set_timeout(timeout)
-    return {
-        "backend": "gloo",
-        "timeout": timeout,
-        "store": store,
-        "rank": process_index(),
-        "world_size": num_processes(),
-    }
+
+def _program_that_was_launched() -> int | None:
+    """Return the Python process that the launcher started, where it is another: it started this one by itself.
+
+    A shell between the launcher and this process is a wrapper.
+    """
+    place = {f"{name}={os.environ.get(name)}".encode() for name in _PLACE}
+    launched = None
+    with suppress(OSError):
+        for pid, _ in _ancestors():
+            if not place <= set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
+                break
+            launched = pid
+        if launched and Path(f"/proc/{launched}/exe").readlink().name.startswith("python"):
+            return launched
+    return None
+
+
+def _ancestors() -> Iterator[tuple[int, str]]:
+    """Yield (process, state) of the parent, its parent, and so on."""
+    pid = os.getppid()
+    with suppress(OSError):
+        while pid > 0:
+            state, parent = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+            yield pid, state
+            pid = int(parent)

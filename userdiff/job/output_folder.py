@@ -16,7 +16,7 @@ from userdiff.dataset.run_record import RunEntry, RunRecord, now
 from userdiff.dataset.scan import check_own_files, images_without_record, user_folders
 from userdiff.diffusion.model import JobModel
 from userdiff.identity import describe_differences
-from userdiff.job import launcher, shared_folder
+from userdiff.job import shared_folder
 from userdiff.job.plan import Plan
 from userdiff.job.store import Coordinator
 from userdiff.seeds import Item
@@ -72,10 +72,9 @@ def open_folder(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
                 locks.wait_for_writers(output_dir, on_poll=coordinator.check)
             held.callback(_forget_writers, output_dir)
         # 5. What lies there is ours and of the same identity, or may be removed; so far, nothing has been written.
-        #    A group that its launcher restarted goes on where the first one failed, whatever --overwrite says.
-        is_anew = config.overwrite and launcher.restart_count() == 0
         with errors_of("--output_dir"):
             check_own_files(output_dir)
+        is_anew = config.overwrite and not _was_begun_by(coordinator.launch_id(), output_dir)
         own = _own_images(config, model, shutdown) if is_anew else []
         edited = None
         record = None if is_anew else _checked_record(config, model, shutdown)
@@ -84,8 +83,16 @@ def open_folder(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
             # 6. Every machine sees the folder. Only now may anything be removed.
             held.enter_context(shared_folder.shown(output_dir, coordinator))
             if is_anew:
-                edited = _remove(output_dir, own)
+                edited = _remove(output_dir, own, shutdown)
         yield OpenFolder(record or RunRecord(identity=model.identity, numerics={}), len(own), edited)
+
+
+def _was_begun_by(launch: str | None, output_dir: Path) -> bool:
+    """Return whether this launch has begun the folder: a group that its launcher restarted goes on, despite --overwrite."""
+    with errors_of("--output_dir"), suppress(ValueError):  # a damaged record is no hindrance to starting again
+        record = RunRecord.read(output_dir)
+        return launch is not None and record is not None and launch in [entry.launch for entry in record.history]
+    return False
 
 
 def _check_writable(output_dir: Path) -> None:
@@ -122,7 +129,11 @@ def _checked_record(config: JobConfig, model: JobModel, shutdown: Shutdown) -> R
 def _why_otherwise(config: JobConfig, model: JobModel, before: Mapping[str, Any]) -> str:
     """Return what else to say where a difference may not be of the user's own doing."""
     precisions = [one.get("mixed_precision", "no") for one in (before, model.identity)]
-    why = f"--mixed_precision {precisions[0]} keeps that; " if precisions[0] != precisions[1] else ""
+    why = ""
+    if precisions[0] != precisions[1]:
+        if not config.mixed_precision and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            why = f"{precisions[1]} is the launcher's, by its configuration or ACCELERATE_MIXED_PRECISION; "
+        why += f"--mixed_precision {precisions[0]} keeps that; "
     # Earlier versions did not read these, and made other images.
     if (
         before.get("noise_schedule") != model.identity["noise_schedule"]
@@ -210,10 +221,11 @@ def refuse_edited_images(config: JobConfig, plan: Plan, edited: Collection[Item]
             )
 
 
-def _remove(output_dir: Path, own: Collection[Item]) -> Path | None:
+def _remove(output_dir: Path, own: Collection[Item], shutdown: Shutdown) -> Path | None:
     """Remove these images and what else jobs wrote, and nothing besides; returns what `keep_edited` does."""
+    shutdown.check()  # also where there is no image
     with errors_of("--output_dir"):
-        for item in own:
+        for item in shutdown.checked(own):
             (output_dir / layout.file_name(*item)).unlink()
         remove_temporaries(output_dir)
         for folder in {(output_dir / layout.file_name(*item)).parent for item in own}:
@@ -247,6 +259,7 @@ def history_entry(
         user_ids=format_ids(plan.user_ids),
         num_images_per_user=plan.num_images_per_user,
         numerics=numerics,
+        launch=coordinator.launch_id(),
     )
 
     def note_early_end(error: BaseException, silent: Collection[str] = ()) -> None:

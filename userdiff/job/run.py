@@ -8,7 +8,7 @@ import os
 import re
 import zlib
 from contextlib import suppress
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,13 @@ from typing import Any
 import diffusers
 import PIL
 import torch
-from accelerate import PartialState
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin, parse_choice_from_env, parse_flag_from_env
+from accelerate.utils import (
+    DynamoBackend,
+    TorchDynamoPlugin,
+    parse_choice_from_env,
+    parse_flag_from_env,
+    set_numa_affinity,
+)
 
 from userdiff.config import JobConfig, UsageError, errors_of
 from userdiff.dataset import layout
@@ -44,7 +49,7 @@ _CPU_SETTINGS = (  # by which torch, oneDNN and MKL choose their kernels
     *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_CPU_ISA_HINTS", "DNNL_CPU_ISA_HINTS"),
     *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR"),
 )
-JOIN_TIMEOUT = timedelta(minutes=10)  # for the machines of a launch to start
+_DYNAMO = "ACCELERATE_DYNAMO_"
 
 _KEEPS = {  # what keeps a numeric as the folder began with it
     "batch_size": "--batch_size {0}",
@@ -59,47 +64,48 @@ def run(config: JobConfig, shutdown: Shutdown) -> int:
     Raises UsageError for a wrong model or output folder, Halted when a signal, the disk or another process ended the
     job.
     """
-    device = join_processes(config.device)
-    try:
-        with store.connect(shutdown) as coordinator:
-            if not config.dry_run:
-                shared_folder.look_meanwhile(config.output_dir, coordinator)
-            set_kernels(config.allow_tf32)
-            try:
-                with gpu_errors.as_failed(f"the models do not fit into the memory that {device} has free"):
-                    _look_at_gpus(config, device, coordinator)
-                    precision = _precision(config, device, coordinator)
-                    loading = f"Loading {config.unet_path}, {config.vae_path} and {config.condition_encoder_path} ..."
-                    with said_if_slow(loading, coordinator.is_main_process):
-                        model = load_model(config, device, precision, compilation())
-                coordinator.check()
-                return run_process(config, model, coordinator)
-            except OSError as error:
-                raise output_folder.disk_failure(error) from error
-    finally:
-        if launcher.is_launched():
-            PartialState().destroy_process_group()
+    launcher.check_environment()
+    device = choose_device(config.device)
+    with store.connect(shutdown, console.warn) as coordinator:
+        if not config.dry_run:
+            shared_folder.look_meanwhile(config.output_dir, coordinator)
+        set_kernels(config.allow_tf32)
+        try:
+            with gpu_errors.as_failed(f"the models do not fit into the memory that {device} has free"):
+                _look_at_gpus(config, device, coordinator)
+                precision = _precision(config, device, coordinator)
+                loading = f"Loading {config.unet_path}, {config.vae_path} and {config.condition_encoder_path} ..."
+                with said_if_slow(loading, coordinator.is_main_process):
+                    model = load_model(config, device, precision, compilation())
+            coordinator.check()
+            return run_process(config, model, coordinator)
+        except OSError as error:
+            raise output_folder.disk_failure(error) from error
 
 
 # What a process begins with ------------------------------------------------------------------------------------------
 
 
-def join_processes(requested_device: str) -> torch.device:
-    """Join the launcher's process group, where there is one, and return the device of this process.
+def choose_device(requested_device: str) -> torch.device:
+    """Return the device of this process, the GPU that accelerate would give it, and make it torch's current one.
 
-    The device is resolved first: accelerate's launcher does not tell its processes to stay on the CPU. The group is gloo
-    on GPUs too. No collective is ever called, but accelerate assigns the GPUs by it; a process alone needs neither.
+    No process group is joined, since no collective is ever called: processes meet in the launcher's store alone. Accelerate's
+    launcher does not tell its processes to stay on the CPU.
     """
-    launcher.check_environment()
     has_cuda = torch.cuda.is_available()
     if requested_device == "cuda" and not has_cuda:
         raise UsageError("--device: no CUDA device is available here, use --device cpu")
-    use_cpu = not has_cuda or (requested_device != "cuda" and parse_flag_from_env("ACCELERATE_USE_CPU"))
-    use_cpu = use_cpu or requested_device == "cpu"
-    if not launcher.is_launched():
-        return torch.device("cpu") if use_cpu else torch.device("cuda", torch.cuda.current_device())
-    device: torch.device = PartialState(cpu=use_cpu, **launcher.process_group(JOIN_TIMEOUT)).device
-    return device
+    with errors_of("ACCELERATE_USE_CPU"):
+        use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    if requested_device == "cpu" or not has_cuda or (use_cpu and requested_device != "cuda"):
+        return torch.device("cpu")
+    index = launcher.local_process_index()
+    if launcher.is_launched():
+        torch.cuda.set_device(index % torch.cuda.device_count())
+    with errors_of("ACCELERATE_CPU_AFFINITY"):
+        if parse_flag_from_env("ACCELERATE_CPU_AFFINITY"):
+            set_numa_affinity(index)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def set_kernels(allow_tf32: bool) -> None:
@@ -112,12 +118,17 @@ def set_kernels(allow_tf32: bool) -> None:
 
 def compilation() -> Compilation | None:
     """Return how the launcher's `dynamo_config` has the models compiled; None where it does not."""
-    with errors_of("--dynamo_backend"):
+    try:
         dynamo = TorchDynamoPlugin()
-    if dynamo.backend == DynamoBackend.NO:
-        return None
+        if dynamo.backend == DynamoBackend.NO:
+            return None
+        options = dynamo.to_kwargs()
+        torch.compile(torch.nn.Identity(), **options)  # checks the options, and compiles nothing before its first call
+    except (ValueError, RuntimeError) as error:
+        variables = " ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith(_DYNAMO))
+        raise UsageError(f"--dynamo_backend: {error}, in the environment is {variables}") from error
     with errors_of("--dynamo_mode"):
-        return Compilation(options=dynamo.to_kwargs(), is_regional=dynamo.use_regional_compilation)
+        return Compilation(options=options, is_regional=dynamo.use_regional_compilation)
 
 
 def _precision(config: JobConfig, device: torch.device, coordinator: Coordinator) -> str:

@@ -31,8 +31,11 @@ MAIN_SECONDS = 10.0  # that others leave the main process to print what is wrong
 T = TypeVar("T")
 
 
-def connect(shutdown: Shutdown) -> "Coordinator":
-    """Join the job as the process that the launcher says this is, or as the only one."""
+def connect(shutdown: Shutdown, say: Callable[[str], None] = lambda line: None) -> "Coordinator":
+    """Join the job as the process that the launcher says this is, or as the only one.
+
+    say: prints for whom or for what this process waits.
+    """
     return Coordinator(
         launcher.open_store,
         launcher.process_index(),
@@ -40,6 +43,7 @@ def connect(shutdown: Shutdown) -> "Coordinator":
         launcher.machine_index(),
         launcher.num_machines(),
         shutdown=shutdown,
+        say=say,
     )
 
 
@@ -55,6 +59,7 @@ class Coordinator:
         num_machines: int = 1,
         *,
         shutdown: Shutdown | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.process_index = process_index
         self.num_processes = num_processes
@@ -66,8 +71,18 @@ class Coordinator:
         self._count_lock = threading.Lock()
         self._signs = SignsOfLife()
         self._watched = range(1, num_processes) if process_index == 0 else range(1)
-        self._client = StoreClient(open_store, self._pulse)
-        self.set(f"name/{process_index}", self.name)
+        self._say = say
+        self._said: set[str] = set()
+        self._client = StoreClient(open_store, self._pulse, self._on_silence)
+        try:
+            me = launcher.this_process()
+            launcher.check_claim(
+                self._ask(lambda store: store.compare_set(f"claim/{process_index}", "", me)).decode(), me
+            )
+            self.set(f"name/{process_index}", self.name)
+        except BaseException:
+            self._client.close()
+            raise
 
     @property
     def is_main_process(self) -> bool:
@@ -98,6 +113,7 @@ class Coordinator:
         """Return a value once a process has set it, calling `on_poll` until then."""
         while not self._ask(lambda store: store.check([key])):
             self.check()
+            self._say_who_is_missed()
             on_poll()
             time.sleep(POLL_SECONDS)
         return self._ask(lambda store: bytes(store.get(key)))
@@ -105,6 +121,10 @@ class Coordinator:
     def is_first(self, what: str) -> bool:
         """Return whether no process has asked this of the same thing before."""
         return self._add(f"asked/{what}", 1) == 1
+
+    def launch_id(self) -> str | None:
+        """Return what is the same for all groups of processes of this launch alone; None where there is no launcher."""
+        return self._ask(lambda store: store.get("launch").decode() if store.check(["launch"]) else None)
 
     # Batches
 
@@ -195,13 +215,43 @@ class Coordinator:
             for other in sorted(others):
                 if self._ask(partial(_has_left, other)):
                     others.remove(other)
-                elif self._signs.has_died(other, store_client.GONE_AFTER_PULSES):
+                elif self._signs.is_silent(other, store_client.GONE_AFTER_PULSES):
                     others.remove(other)
-                    dead.append(self._ask(partial(_name, other)))
+                    if self._signs.has_joined(other):
+                        dead.append(self._ask(partial(_name, other)))
             return not others
 
         _wait(have_left, seconds)
         return dead
+
+    # Waiting
+
+    def _say_who_is_missed(self) -> None:
+        """Say, once for each, for which processes this one waits that are not there."""
+        for other in self._watched:
+            what = "gives no sign of life" if self._signs.has_joined(other) else "has not joined the job yet"
+            key = f"process {other} {what}"
+            if self._signs.is_silent(other, store_client.SPOKEN_AFTER_PULSES) and key not in self._said:
+                self._said.add(key)
+                if self.is_first(key) and not self._ask(partial(_has_left, other)):
+                    patience = _seconds(self._signs.patience(other))
+                    self._say(
+                        f"waiting for {self._ask(partial(_name, other))}, which {what}; given up after {patience}"
+                    )
+
+    def _on_silence(self) -> bool:
+        """Say, once, that this process waits for the store; returns whether it is not to be given up."""
+        stopped = launcher.stopped_launcher()
+        what = f"{launcher.address()}, which does not answer; given up after {_seconds(store_client.LOST_AFTER_PULSES)}"
+        if stopped is not None:
+            what = (
+                f"{launcher.address()}, as long as process {stopped} is stopped; fg, or kill -CONT {stopped}, goes on"
+            )
+        # A process of each machine, since none can ask the others who says it.
+        if what not in self._said and launcher.local_process_index() == 0:
+            self._said.add(what)
+            self._say(f"waiting for the launcher on {what}")
+        return stopped is not None
 
     # The store
 
@@ -238,11 +288,17 @@ class Coordinator:
 
     def _look_for_reason(self, store: Store) -> None:
         for other in self._watched:
-            if self._signs.has_died(other, store_client.LOST_AFTER_PULSES) and not _has_left(other, store):
-                seconds = store_client.LOST_AFTER_PULSES * store_client.PULSE_SECONDS
-                _set_reason(store, f"{_name(other, store)} has given no sign of life for {seconds:.0f} s")
+            patience = self._signs.patience(other)
+            if self._signs.is_silent(other, patience) and not _has_left(other, store):
+                has_joined = self._signs.has_joined(other)
+                what = "has given no sign of life for" if has_joined else "has not joined the job within"
+                _set_reason(store, f"{_name(other, store)} {what} {_seconds(patience)}")
         if store.check(["halt"]):
             self.shutdown.set(_reason(store.get("halt")))
+
+
+def _seconds(pulses: int) -> str:
+    return f"{pulses * store_client.PULSE_SECONDS:.0f} s"
 
 
 def _wait(condition: Callable[[], bool], seconds: float) -> bool:
@@ -259,7 +315,7 @@ def _has_left(process_index: int, store: Store) -> bool:
 
 def _name(process_index: int, store: Store) -> str:
     key = f"name/{process_index}"
-    return store.get(key).decode() if store.check([key]) else f"process {process_index} on an unknown machine"
+    return store.get(key).decode() if store.check([key]) else f"process {process_index}"
 
 
 def _set_reason(store: Store, cause: str, exit_status: int = 1, signal_number: int | None = None) -> Halted:

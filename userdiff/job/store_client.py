@@ -14,6 +14,8 @@ from torch.distributed import DistError, Store
 PULSE_SECONDS = 1.0
 LOST_AFTER_PULSES = 60  # in our own pulses: they do not count the time in which this process was suspended itself
 GONE_AFTER_PULSES = 3  # for a process that was told to leave
+JOIN_PULSES = 600  # for a process that has not joined yet: it may start later, and load torch from a slow disk
+SPOKEN_AFTER_PULSES = 6  # whom or what one waits for
 CLOSE_SECONDS = 2.0
 
 T = TypeVar("T")
@@ -31,10 +33,17 @@ class SignsOfLife:
         before, silent = self._seen.get(other, (beat, 0))
         self._seen[other] = beat, silent + 1 if beat == before else 0
 
-    def has_died(self, other: int, looks: int) -> bool:
-        """Return whether so many looks in a row found nothing new; LOST_AFTER_PULSES if there never was a beat."""
-        beat, silent = self._seen.get(other, (0, 0))
-        return silent >= (looks if beat else LOST_AFTER_PULSES)
+    def has_joined(self, other: int) -> bool:
+        """Return whether there ever was a beat of another process."""
+        return self._seen.get(other, (0, 0))[0] > 0
+
+    def is_silent(self, other: int, looks: int) -> bool:
+        """Return whether so many looks in a row found nothing new of another process."""
+        return self._seen.get(other, (0, 0))[1] >= looks
+
+    def patience(self, other: int) -> int:
+        """Return after how many looks that find nothing new another process is given up."""
+        return LOST_AFTER_PULSES if self.has_joined(other) else JOIN_PULSES
 
 
 class StoreClient:
@@ -43,9 +52,20 @@ class StoreClient:
     A TCPStore whose machine vanished neither answers nor opens (tried), and a thread that waits in it sees no signal.
     """
 
-    def __init__(self, open_store: Callable[[], Store], pulse: Callable[[Store], None]) -> None:
+    def __init__(
+        self,
+        open_store: Callable[[], Store],
+        pulse: Callable[[Store], None],
+        on_silence: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Start the thread.
+
+        on_silence: is called where there has been no answer for SPOKEN_AFTER_PULSES. As long as it returns True, the
+        store is not given up.
+        """
         self._open_store = open_store
         self._pulse = pulse
+        self._on_silence = on_silence
         self._broken: DistError | None = None
         self._requests: queue.SimpleQueue[tuple[Future[Any], Callable[[Store], Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="store", daemon=True)
@@ -55,11 +75,15 @@ class StoreClient:
         """Return `operation(store)`; raises DistError where the store is gone or does not answer."""
         answer: Future[T] = Future()
         self._requests.put((answer, operation))
-        for _ in range(LOST_AFTER_PULSES):
+        num_silent = 0
+        while num_silent < LOST_AFTER_PULSES:
             if self._broken:  # once a store has not answered, nobody waits for it again
                 raise self._broken
             with suppress(NotYet):
                 return answer.result(timeout=PULSE_SECONDS)
+            num_silent += 1
+            if num_silent >= min(SPOKEN_AFTER_PULSES, LOST_AFTER_PULSES) and self._on_silence():
+                num_silent = 0
         self._broken = DistError(f"no answer for {LOST_AFTER_PULSES * PULSE_SECONDS:.0f} s")
         raise self._broken
 

@@ -1,5 +1,6 @@
 """One process's loop: claim a batch, compute it, and hand its images to a bounded pool that encodes and writes them."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from userdiff.shutdown import Halted
 WRITER_THREADS = 4
 PENDING_BATCHES = 2  # to be encoded and written while the next one computes; more would only hold memory
 DRAIN_SECONDS = 5.0  # for what is computed to be written, when a job ends early
+_POLL_SECONDS = 0.1  # how often a wait for the writers looks whether the job is to end
 
 
 def make_images(
@@ -46,7 +48,7 @@ def make_images(
     """
     recipe = Recipe.of(model.identity, model.run)
     part = PartWriter(layout.part_path(config.output_dir, coordinator.process_index))
-    pool = WriterPool(WRITER_THREADS, PENDING_BATCHES * plan.batch_size)
+    pool = WriterPool(WRITER_THREADS, PENDING_BATCHES * plan.batch_size, on_wait=coordinator.check)
     with locks.writing(config.output_dir), part, pool as writers:
 
         def save(item: Item, pixels: NDArray[np.uint8]) -> None:
@@ -113,22 +115,37 @@ class WriterPool:
 
     At most `max_pending` tasks wait or are under way; `submit` blocks while there are as many, so that memory stays flat
     when the disk is slower than the model. Leaving the block waits for all of them; leaving it by an exception waits
-    DRAIN_SECONDS at most for those that have not begun.
+    DRAIN_SECONDS at most for those that have not begun. Either wait calls `on_wait`, and ends by what that raises.
     """
 
-    def __init__(self, num_threads: int, max_pending: int) -> None:
+    def __init__(self, num_threads: int, max_pending: int, on_wait: Callable[[], None] = lambda: None) -> None:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="writer")
         self._max_pending = max_pending
         self._free = BoundedSemaphore(max_pending)
+        self._on_wait = on_wait
         self._errors: list[BaseException] = []  # appended to by any thread; the first one counts
 
     def submit(self, task: Callable[[], object]) -> None:
         """Queue a task for a writer thread; once a task has failed, raises its error instead."""
-        self._free.acquire()
+        while not self._free.acquire(timeout=_POLL_SECONDS):
+            self._on_wait()
         if self._errors:
             self._free.release()
             raise self._errors[0]
         self._executor.submit(task).add_done_callback(self._finished)
+
+    def _wait_until_done(self, deadline: float, on_wait: Callable[[], None]) -> None:
+        """Wait until no task waits or is under way, calling `on_wait` meanwhile, but not beyond the deadline."""
+        num_taken = 0  # each task gives its place back when it is done
+        try:
+            while num_taken < self._max_pending and time.monotonic() < deadline:
+                if self._free.acquire(timeout=_POLL_SECONDS):
+                    num_taken += 1
+                else:
+                    on_wait()
+        finally:
+            for _ in range(num_taken):
+                self._free.release()
 
     def _finished(self, future: "Future[object]") -> None:
         if not future.cancelled() and (error := future.exception()):
@@ -141,11 +158,15 @@ class WriterPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None:
-            deadline = time.monotonic() + DRAIN_SECONDS
-            for _ in range(self._max_pending):  # each task gives a place back when it is done
-                if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                    break
-        self._executor.shutdown(wait=True, cancel_futures=error is not None)
-        if error is None and self._errors:
+        try:
+            if error is None:
+                self._wait_until_done(math.inf, self._on_wait)
+        except BaseException as reason:
+            error = reason
+            raise
+        finally:
+            if error is not None:
+                self._wait_until_done(time.monotonic() + DRAIN_SECONDS, lambda: None)
+            self._executor.shutdown(wait=True, cancel_futures=error is not None)
+        if self._errors and error is None:
             raise self._errors[0]
