@@ -53,8 +53,8 @@ class OpenFolder(NamedTuple):
 def open_folder(config: JobConfig, model: JobModel, coordinator: Coordinator) -> Iterator[OpenFolder]:
     """Hold the output folder for this job.
 
-    Raises UsageError where another job holds the folder, or
-    where it holds images of another identity or of unknown origin. A dry run checks the same, and changes nothing.
+    Raises UsageError where another job holds the folder, or where it holds images of another identity or of unknown origin.
+    A dry run checks the same, and changes nothing.
     """
     output_dir, shutdown = config.output_dir, coordinator.shutdown
     with ExitStack() as held:
