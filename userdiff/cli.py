@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from userdiff.config import JobConfig, UsageError, natural_number, parse_args, path
 from userdiff.dataset.atomic import publish, publish_to
-from userdiff.dataset.layout import MANIFEST_NAME, PREVIEW_NAME, file_name
+from userdiff.dataset.layout import MANIFEST_NAME, PREVIEW_NAME, file_name, is_own
 from userdiff.job import launcher
 from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
 from userdiff.text import count, listed, printable, refusal
@@ -228,15 +228,13 @@ def merge(output_dir: list[Path], into: Path | None = None) -> int:
         return _merge_into(output_dir, into)
     if len(output_dir) > 1:
         raise ValueError(f"{len(output_dir)} folders; --into DIR says in which one to join them")
-    rows, edited = tool.merge(output_dir[0], track=show_reading)
-    _print_edited(edited)
+    rows = tool.merge(output_dir[0], show_reading, _say_kept)
     _say(f"{output_dir[0] / MANIFEST_NAME}: {count(len(rows), 'image')}")
     return 0
 
 
-def _print_edited(edited: Path | None) -> None:
-    if edited:
-        _say(f"Somebody had added to {MANIFEST_NAME}; that is kept as {edited}")
+def _say_kept(manifest: Path) -> None:
+    _say(f"Somebody had added to {MANIFEST_NAME}; that is kept as {manifest}")
 
 
 def _merge_into(sources: list[Path], into: Path) -> int:
@@ -251,7 +249,7 @@ def _merge_into(sources: list[Path], into: Path) -> int:
     shutdown = Shutdown()
     try:
         with shutdown.listen(), shutdown.last_words(print_end):
-            joined = tool.merge_into(sources, into, shutdown=shutdown, track=show_reading)
+            joined = tool.merge_into(sources, into, shutdown=shutdown, track=show_reading, on_edited=_say_kept)
     except Halted as end:
         print_end(end)
         return end.exit_status
@@ -260,7 +258,6 @@ def _merge_into(sources: list[Path], into: Path) -> int:
     for folder, items in joined.left_out.items():
         names = listed([file_name(*item) for item in items])
         _say(f"{folder}: {len(items)} images missing, damaged or of another run: {names}")
-    _print_edited(joined.edited_manifest)
     added = f"{joined.num_linked} linked and {joined.num_copied} copied now"
     _say(f"{into / MANIFEST_NAME}: {joined.num_images} images, {added}")
     if joined.num_missing:
@@ -272,22 +269,24 @@ def preview(output_dir: Path, picture: Path | None = None, columns: int = 10, sc
     """Write a folder's `preview.html` from its manifest, and `picture` with the first `columns` images of each user."""
     from userdiff.dataset.run_record import RunRecord
     from userdiff.dataset.scan import check_own_files, listed_rows
-    from userdiff.tools.preview import contact_sheet, preview_page
+    from userdiff.tools.preview import contact_sheet, picture_bytes, preview_page
 
     rows = listed_rows(output_dir)
     check_own_files(output_dir)
     if picture is not None:
         _check_picture(picture)
-        sheet = contact_sheet(output_dir, rows, columns, scale)
+        _check_target("--picture", picture, output_dir)
+        content = picture_bytes(contact_sheet(output_dir, rows, columns, scale), picture.suffix)
     try:
         run_record = RunRecord.read(output_dir)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError) as failure:
+        error = refusal(failure) if isinstance(failure, OSError) else failure
         run_record = None
         _say(f"Warning: {error}; the page is made without the run's facts", file=sys.stderr)
     publish(output_dir / PREVIEW_NAME, preview_page(output_dir, rows, run_record))
     _say(output_dir / PREVIEW_NAME)
     if picture is not None:
-        sheet.save(picture)
+        publish_to(picture, content)
         _say(picture)
     return 0
 
@@ -302,6 +301,15 @@ def _check_picture(picture: Path) -> None:
         raise ValueError(f"--picture: {str(picture)!r} lies in no folder, needed: one that exists")
 
 
+def _check_target(flag: str, path: Path, output_dir: Path) -> None:
+    """Raise ValueError where a file that was asked for would replace one of the dataset, or be taken for one of it."""
+    target, folder = (Path(os.path.realpath(one)) for one in (path, output_dir))
+    if target.is_relative_to(folder) and is_own(target.relative_to(folder).as_posix()):
+        raise ValueError(
+            f"{flag}: {str(path)!r} would be taken for a part of the dataset, needed: one beside its folder"
+        )
+
+
 def inspect(output_dir: Path, real: Path | None = None, json: Path | None = None) -> int:
     """Read a dataset's images and say, user by user, how they differ, which are copies, and whose they are most like.
 
@@ -311,6 +319,8 @@ def inspect(output_dir: Path, real: Path | None = None, json: Path | None = None
     from userdiff.tools import inspect as tool
     from userdiff.tools.inspect_report import report_json, report_lines
 
+    if json is not None:
+        _check_target("--json", json, output_dir)
     report = tool.inspect(output_dir, real, track=show_reading)
     if json is not None:
         publish_to(json, report_json(report))

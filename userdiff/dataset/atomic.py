@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from userdiff.dataset.files import read_file
-from userdiff.dataset.layout import PROBE_NAME, is_temporary, temporary_path, user_folders
+from userdiff.dataset.layout import PROBE_NAME, entries, is_temporary, temporary_path, user_folders
 
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 
@@ -38,14 +38,15 @@ def publish_to(path: Path, data: bytes) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(data)
     else:
-        publish(path.resolve(), data)
+        publish(Path(os.path.realpath(path)), data)
 
 
 def remove_temporaries(output_dir: Path) -> None:
     """Remove the temporary files of killed jobs. Call it only while holding the folder's lock."""
     for folder in (output_dir, *user_folders(output_dir)):
-        for path in folder.glob(".*.tmp-*"):
-            if is_temporary(path.name):
+        # Where a user's folder is a link, it may be another dataset's, with a job of its own.
+        for path in entries(folder) if folder == output_dir or not folder.is_symlink() else ():
+            if is_temporary(path.name) and not path.is_dir():
                 path.unlink(missing_ok=True)
 
 
@@ -61,7 +62,7 @@ def check_file_system(output_dir: Path) -> None:
         if read_file(probe, 1) != b"2":
             raise OSError(errno.EIO, "it gave other bytes", str(probe))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
             raise
         raise ValueError(
             f"the file system of {output_dir} does not let files be written, renamed and read back ({error.strerror}); use a "

@@ -1,5 +1,6 @@
 """Every file name of a dataset's folder, and its grammar."""
 
+import os
 import re
 import secrets
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ PAGE_START = (
 )
 """How every `preview.html` of ours begins."""
 
-_OWN_NAMES = {RECORD_NAME, MANIFEST_NAME, PREVIEW_NAME, PROBE_NAME}
+_OWN_NAMES = {RECORD_NAME, MANIFEST_NAME, PREVIEW_NAME, LOCK_NAME, WRITERS_NAME, PROBE_NAME}
 
 MAX_IMAGE_INDEX = 2**32 - 1
 LOADED_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
@@ -67,7 +68,18 @@ def parse_image(name: str) -> int | None:
 
 def user_folders(output_dir: Path) -> list[Path]:
     """Return the users' folders, sorted by name."""
-    return [path for path in sorted(output_dir.glob("user_*")) if is_user_folder(path.name) and path.is_dir()]
+    return [path for path in entries(output_dir) if is_user_folder(path.name) and os.path.isdir(path)]  # noqa: PTH112 - Path.is_dir raises where it may not look
+
+
+def entries(folder: Path) -> list[Path]:
+    """Return what lies in a folder, sorted by name; nothing where there is no such folder.
+
+    Raises OSError where it cannot be listed: `Path.glob` would take it for empty.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def part_path(output_dir: Path, process_index: int) -> Path:
@@ -77,7 +89,7 @@ def part_path(output_dir: Path, process_index: int) -> Path:
 
 def part_paths(output_dir: Path) -> list[Path]:
     """Return the existing parts, of this run or an earlier one, sorted by process."""
-    return sorted(path for path in output_dir.glob("manifest.part-*.csv") if _PART.fullmatch(path.name))
+    return [path for path in entries(output_dir) if _PART.fullmatch(path.name)]
 
 
 def edited_paths(output_dir: Path) -> Iterator[Path]:
@@ -96,6 +108,15 @@ def is_temporary(name: str) -> bool:
     return match is not None and (match[1] in _OWN_NAMES or parse_image(match[1]) is not None)
 
 
+def is_own(name: str) -> bool:
+    """Return whether a path relative to the dataset's folder is one that jobs write to, or hides labels from loaders."""
+    path = Path(name)
+    if path.parent == Path():
+        is_part = _PART.fullmatch(name) is not None
+        return name in _OWN_NAMES or is_part or path.suffix.lower() in LOADED_SUFFIXES
+    return parse_user_folder(path.parts[0]) is not None
+
+
 def is_system(name: str) -> bool:
     """Return whether an operating system or a file server leaves files or folders of this name, as `.DS_Store`."""
     return _SYSTEM.fullmatch(name) is not None
@@ -108,4 +129,4 @@ def shared_mark_path(output_dir: Path) -> Path:
 
 def shared_mark_paths(output_dir: Path) -> list[Path]:
     """Return the existing files of that kind."""
-    return [path for path in output_dir.glob(".userdiff.shared-*") if _SHARED_MARK.fullmatch(path.name)]
+    return [path for path in entries(output_dir) if _SHARED_MARK.fullmatch(path.name)]

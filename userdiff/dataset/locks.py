@@ -21,6 +21,7 @@ LOCK_SECONDS = 1.0  # a process that only checks whether a folder is held has it
 WRITERS_SECONDS = 15.0  # time for the writers of a job that was just killed to exit
 _POLL_SECONDS = 0.05
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+_HOLDER = b"process "
 _HOLDER_BYTES = 300
 
 
@@ -57,7 +58,7 @@ def folder_lock(output_dir: Path) -> Iterator[None]:
         raise ValueError(f"{output_dir} is in use by another job ({_holder(path)})")
     with file:
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"{_HOLDER.decode()}{os.getpid()} on {socket.gethostname()}")
         file.flush()
         try:
             yield
@@ -70,6 +71,8 @@ def lock_holder(output_dir: Path) -> str | None:
     """Return which process holds a folder now, or None. Only needs permission to read the lock's file."""
     path = output_dir / LOCK_NAME
     try:
+        if not is_lock(path):
+            return None
         with open_file(path) as file:
             return None if _is_locked(file, fcntl.LOCK_SH) else _holder(path)
     except OSError:
@@ -103,15 +106,25 @@ def wait_for_writers(
         path.unlink()  # while nobody has it; whoever writes next makes a new one
 
 
+def is_lock(path: Path) -> bool:
+    """Return whether a file is one that a job locks: no link, with no other name, and with nothing but the job's in it."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        return False
+    with suppress(PermissionError), open_file(path) as file:
+        content = file.read(_HOLDER_BYTES + 1)
+        return not content or (content.startswith(_HOLDER) and len(content) <= _HOLDER_BYTES)
+    return True  # another user's
+
+
 def _open(path: Path) -> IO[Any]:
     """Open a lock's file, which is made where there is none; raises ValueError for what no job has made.
 
     One that another user's job has left, and that cannot be written to, is open for reading alone.
     """
     with suppress(FileNotFoundError):
-        found = path.lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            raise ValueError(f"{path} is no lock of a job's, but a link, a folder or the like; move it away")
+        if not is_lock(path):
+            raise ValueError(f"{path} is no lock of a job's; move it away")
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         descriptor, mode = os.open(path, flags | os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o666), "a+"

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -69,7 +69,7 @@ def is_manifest(path: Path) -> bool:
 def keep_edited(output_dir: Path) -> Path | None:
     """Rename a manifest that somebody added columns to, or another table in its place; returns its new path.
 
-    A header with some damage is no such table. Call it before a manifest that is not as it was published is written anew.
+    A header with some damage is no such table.
     """
     path = output_dir / MANIFEST_NAME
     fields = next(lines(path), HEADER).rstrip().split(",")
@@ -83,8 +83,13 @@ def keep_edited(output_dir: Path) -> Path | None:
     return edited
 
 
-def write_manifest(output_dir: Path, rows: Iterable[Row]) -> str:
-    """Publish `manifest.csv` with these rows, then remove the parts that went into it; returns the file's SHA-256."""
+def write_manifest(output_dir: Path, rows: Iterable[Row], on_edited: Callable[[Path], None] = lambda copy: None) -> str:
+    """Publish `manifest.csv` with these rows, then remove the parts that went into it; returns the file's SHA-256.
+
+    on_edited: is told where `keep_edited` has kept what somebody added to the one before.
+    """
+    if copy := keep_edited(output_dir):
+        on_edited(copy)
     parts = part_paths(output_dir)
     digest = hashlib.sha256()
 
@@ -103,7 +108,7 @@ def write_manifest(output_dir: Path, rows: Iterable[Row]) -> str:
 def manifest_sha256(output_dir: Path) -> str | None:
     """Return the SHA-256 of a folder's manifest; None where there is none.
 
-    Of a file that does not begin as a manifest, the beginning alone is read.
+    Of a file that is no manifest, only what comes before the first sign of that is read.
     """
     path = output_dir / MANIFEST_NAME
     if not path.is_file():
@@ -111,7 +116,7 @@ def manifest_sha256(output_dir: Path) -> str | None:
     digest = hashlib.sha256()
     for number, piece in enumerate(_pieces(path)):
         digest.update(piece)
-        if number == 0 and not piece.startswith(HEADER.encode()):
+        if b"\0" in piece or (number == 0 and not piece.startswith(HEADER.encode())):
             break
     return digest.hexdigest()
 

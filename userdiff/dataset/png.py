@@ -11,7 +11,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from userdiff.dataset.files import open_file
 RUN_CHUNK = "userdiff_run"
 MAX_PIXELS = 2**24
 """Of an image: 4096 x 4096. No job makes a larger one, and none is decoded."""
+MAX_SIDE = 2**16 - 1
 MAX_FAST_LEVEL = 3  # of compression: up to here every row has one fixed filter, beyond it Pillow chooses row by row
 
 _START = b"\x89PNG\r\n\x1a\n"
@@ -32,7 +33,7 @@ _COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # channels -> the number in a PNG's header
 _SUB = 1  # the filter that subtracts from each pixel the one to its left
 _HEADER_BYTES = 33  # of the start and the first chunk, which says the size
 _TEXT_BYTES = 2**16  # more than the chunks with text take, which come next
-_LARGE = 2**20  # pixels
+_LARGE = 2**20  # pixels, or bytes
 
 _large_images = threading.Lock()
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is far below its limit
@@ -92,12 +93,19 @@ def read_png(path: Path) -> Iterator[bytes]:
     """Read a file that may be a job's image; raises OSError for one that is no PNG, or larger than its header explains."""
     with open_file(path) as file:
         header = file.read(_HEADER_BYTES)
-        width, height = png_size(header)
         num_bytes = os.fstat(file.fileno()).st_size
-        if width * height > MAX_PIXELS or num_bytes > width * height * 8 + _TEXT_BYTES:
-            raise OSError(f"{num_bytes} bytes and {width} x {height} pixels, more than a job writes")
-        with _one_of_large(width * height):
-            yield header + file.read(num_bytes - len(header))
+        if _is_no_jobs(header, num_bytes):
+            raise OSError(f"{num_bytes} bytes, {' x '.join(map(str, png_size(header)))} pixels: more than a job writes")
+        file.seek(0)
+        with _one_of_large(num_bytes):
+            yield file.read(num_bytes)
+
+
+def _is_no_jobs(header: bytes, num_bytes: int, bytes_per_pixel: int = 5) -> bool:
+    """Return whether a PNG with this beginning is larger than any that a job writes, or has more bytes than pixels explain."""
+    width, height = png_size(header)
+    is_large = width * height > MAX_PIXELS or max(width, height) > MAX_SIDE
+    return is_large or num_bytes > width * height * bytes_per_pixel + _TEXT_BYTES
 
 
 @contextmanager
@@ -106,15 +114,20 @@ def open_image(path: Path, formats: tuple[str, ...] = ("PNG",)) -> Iterator[Imag
 
     formats: others are not even tried. For some, such as EPS, Pillow runs other programs.
     """
-    with open_file(path) as file, Image.open(file, formats=formats) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise OSError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-        with _one_of_large(image.width * image.height):
+    with open_file(path) as file:
+        header, num_bytes = file.read(_HEADER_BYTES), os.fstat(file.fileno()).st_size
+        # 16 bits for each of four channels
+        if num_bytes > MAX_PIXELS * 8 or (header.startswith(_START) and _is_no_jobs(header, num_bytes, 8)):
+            raise OSError(f"{num_bytes} bytes, more than its pixels take")
+        file.seek(0)
+        with Image.open(file, formats=formats) as image, _one_of_large(max(num_bytes, image.width * image.height)):
+            if image.width * image.height > MAX_PIXELS:
+                raise OSError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
             yield image
 
 
-def _one_of_large(num_pixels: int) -> "threading.Lock | nullcontext[None]":
-    return _large_images if num_pixels > _LARGE else nullcontext()
+def _one_of_large(size: int) -> "threading.Lock | nullcontext[None]":
+    return _large_images if size > _LARGE else nullcontext()
 
 
 def decode_png(data: bytes) -> tuple[tuple[int, int], dict[str, str]]:
@@ -157,10 +170,14 @@ def is_remains(path: Path, text: Mapping[str, str] | None = None) -> bool:
     text: its text chunks, by which a file that ends within them is known. Raises OSError where the file cannot be read.
     """
     with open_file(path) as file:
-        start = file.read(_TEXT_BYTES)
+        start, num_bytes = file.read(_TEXT_BYTES), os.fstat(file.fileno()).st_size
         if not start.strip(b"\0"):  # as a power cut leaves a file
-            is_small = os.fstat(file.fileno()).st_size <= MAX_PIXELS * 8
-            return is_small and not any(piece.strip(b"\0") for piece in iter(lambda: file.read(_LARGE), b""))
+            return num_bytes <= MAX_PIXELS * 8 and not any(
+                piece.strip(b"\0") for piece in iter(lambda: file.read(_LARGE), b"")
+            )
+    with suppress(OSError):  # its beginning is mangled
+        if _is_no_jobs(start, num_bytes):
+            return False
     begins_as_png = _START.startswith(start[:8]) and b"IHDR".startswith(start[12:16])
     return _RUN_MARK in start or (begins_as_png and _text_chunks(text or {}).startswith(start[_HEADER_BYTES:]))
 

@@ -24,6 +24,7 @@ _CONDITIONINGS = ("trained", "random")
 _AT_ONCE = 2000  # rows that are Python objects at a time
 _LINE_CHARS = 1000  # more than a row has
 _MAX_LINE = 2**20
+_MAX_OTHERS = 10_000  # lines in a row that are no rows
 
 T = TypeVar("T")
 
@@ -114,11 +115,17 @@ def _parse(line: str) -> Row | None:
 
 
 def read_lines(path: Path) -> Iterator[Row]:
-    """Read the rows of a manifest or a part, in the order of their lines; nothing where there is no such file.
+    """Yield the rows of a manifest or a part, in the order of their lines; nothing where there is no such file.
 
-    What comes after a line of _MAX_LINE characters is not read: a file may be a terabyte of zeros.
+    What comes after _MAX_OTHERS other lines, or one of _MAX_LINE characters, is not read: a file may be a terabyte of zeros.
     """
-    return filter(None, map(_parse, lines(path)))
+    num_others = 0
+    for row in map(_parse, lines(path)):
+        if row is not None:
+            num_others = 0
+            yield row
+        elif (num_others := num_others + 1) > _MAX_OTHERS:
+            return
 
 
 def lines(path: Path) -> Iterator[str]:

@@ -20,7 +20,7 @@ from userdiff.text import id_range
 
 NUMERICS_DEFAULTS = {"png_compress_level": 6}
 """Values for records from before these were noted."""
-MAX_BYTES = 2**28  # of a record: eight million failed images
+MAX_BYTES = 2**27  # of a record: four million failed images
 _START = b'{\n  "run": "'
 _START_BYTES = 2**14
 _ODD = (ValueError, LookupError, TypeError, AttributeError, OverflowError, argparse.ArgumentTypeError)
@@ -132,6 +132,8 @@ class RunRecord:
     def end(self, output_dir: Path, error: BaseException | None = None) -> None:
         """Note how the last run ended: of itself, or by an error."""
         entry = self.history[-1]
+        if entry.state != "running":  # it has not begun
+            return
         entry.state, entry.ended = "ended", now()
         if isinstance(error, Stopped):
             entry.state = f"stopped by signal {error.signal_number}"
@@ -157,6 +159,10 @@ class RunRecord:
         if not (isinstance(identity["noise_schedule"], dict) and all(isinstance(text, str) for text in weights)):
             raise TypeError(identity)
         for entry in self.history:
+            if type(entry.numerics["batch_size"]) is not int or not all(
+                isinstance(name, str) for name in entry.joined or ()
+            ):
+                raise TypeError(entry)
             if sum(map(len, entry.id_ranges())) > len(identity["user_index"]):
                 raise ValueError(entry.user_ids)
 
@@ -165,6 +171,9 @@ class RunRecord:
         """Read a folder's record; None where there is none, ValueError where it is damaged or was edited."""
         path = output_dir / RECORD_NAME
         try:
+            with open_file(path) as file:
+                if not file.read(_START_BYTES).lstrip().startswith(b"{"):
+                    raise ValueError("no object")
             content = json.loads(read_file(path, MAX_BYTES))
             if not isinstance(content["history"], list):
                 raise TypeError(content["history"])

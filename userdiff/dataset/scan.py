@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from userdiff.dataset import layout
+from userdiff.dataset import layout, locks
 from userdiff.dataset.files import open_file
 from userdiff.dataset.manifest import is_manifest, manifest_sha256, recorded_rows
 from userdiff.dataset.png import RUN_CHUNK, decode_png, is_remains, png_size, read_png, read_text_chunks
@@ -24,6 +24,7 @@ from userdiff.seeds import Item
 
 READER_THREADS = 8
 _SLICE = 1000  # files that are read ahead
+_LEADS_NOWHERE = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EACCES}
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -60,8 +61,12 @@ def user_folders(output_dir: Path) -> Iterator[UserFolder]:
     for folder in layout.user_folders(output_dir):
         user_id = layout.parse_user_folder(folder.name)
         images, foreign = array("Q"), list[str]()
-        with os.scandir(folder) as entries:
-            for entry in entries:
+        try:
+            found = os.scandir(folder)
+        except FileNotFoundError:  # gone since it was listed
+            continue
+        with found:
+            for entry in found:
                 image_index = layout.parse_image(entry.name) if user_id is not None else None
                 if image_index is not None and (num_bytes := _size(entry)) is not None:
                     images.extend((image_index, min(num_bytes, MAX_BYTES)))
@@ -79,7 +84,7 @@ def _size(entry: "os.DirEntry[str]") -> int | None:
     try:
         return entry.stat().st_size if entry.is_file() else None
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
+        if error.errno in _LEADS_NOWHERE:
             return None
         raise
 
@@ -108,10 +113,18 @@ class Finished(NamedTuple):
     """Paths, relative to the folder, of what lies beside the images in the users' folders."""
     foreign_images: list[Item]
     """What lies under an image's name and is no file, or has no row, is not this recipe's, and no remains of a job's image."""
-    edited: list[Item]
-    """Of the lost ones, those whose file says that it is the image, and is not what the row says: somebody has changed it."""
+    edited: list[Row]
+    """Rows of those lost ones whose file says that it is the image: somebody has changed it.
+
+    A manifest keeps these rows. Without them, nothing would tell the file from an image as it was made.
+    """
     has_manifest: bool
     """Whether the manifest is as it was published."""
+
+    def rows_to_keep(self) -> Rows:
+        """Return the rows that a manifest is to have, and make them those of the finished images: call it last."""
+        self.rows.extend(self.edited)
+        return self.rows
 
 
 def find_finished(
@@ -145,7 +158,8 @@ def find_finished(
         finished = of_user["image_index"][of_user["trust"] == Trust.FINISHED]
         to_read[folder.user_id] = np.setdiff1d(folder.image_indices, finished, assume_unique=True)
     items = ((user_id, image_index) for user_id, indices in to_read.items() for image_index in indices.tolist())
-    found: dict[_Kind, list[Item]] = {kind: [] for kind in _Kind}
+    foreign_images: list[Item] = []
+    edited: list[Row] = []
 
     def prove(item: Item) -> tuple[Item, Row | _Kind | None]:
         noted = rows.of_image(*item, Trust.NOTED)
@@ -155,8 +169,10 @@ def find_finished(
         for item, proof in track(read_all(prove, items), sum(map(len, to_read.values()))):
             if isinstance(proof, Row):
                 yield proof
-            elif proof is _Kind.EDITED or (proof is _Kind.FOREIGN and not rows.of_image(*item)):
-                found[proof].append(item)
+            elif proof is _Kind.EDITED:
+                edited.append(rows.of_image(*item)[-1])
+            elif proof is _Kind.FOREIGN and not rows.of_image(*item):
+                foreign_images.append(item)
 
     proven = Rows(proven_rows())
     rows.keep(agrees)
@@ -165,21 +181,29 @@ def find_finished(
     is_finished = rows.array["trust"] == Trust.FINISHED
     lost = rows.array[["user_id", "image_index"]][~is_finished].tolist()
     rows.keep(is_finished)
-    foreign_files = []
-    for folder in folders:
-        for name in folder.foreign:
-            if folder.user_id >= 0 and (image_index := layout.parse_image(name)) is not None:
-                found[_Kind.FOREIGN].append((folder.user_id, image_index))
-            else:
-                foreign_files.append(f"{folder.name}/{name}")
+    foreign_files, no_files = _foreign_in(folders)
     return Finished(
         rows,
         lost,
         foreign_files,
-        foreign_images=sorted(found[_Kind.FOREIGN]),
-        edited=sorted(found[_Kind.EDITED]),
+        foreign_images=sorted([*foreign_images, *no_files]),
+        edited=edited,
         has_manifest=has_manifest,
     )
+
+
+def _foreign_in(folders: Iterable[UserFolder]) -> tuple[list[str], list[Item]]:
+    """Return what lies beside the images, and what lies under an image's name and is no file."""
+    files: list[str] = []
+    images: list[Item] = []
+    for folder in folders:
+        for name in folder.foreign:
+            image_index = layout.parse_image(name) if folder.user_id >= 0 else None
+            if image_index is None:
+                files.append(f"{folder.name}/{name}")
+            else:
+                images.append((folder.user_id, image_index))
+    return files, images
 
 
 class _Kind(Enum):
@@ -204,10 +228,8 @@ def _prove(
                 if claim == recipe.row(*item, size=png_size(data), png=data):
                     return claim
             size, text = decode_png(data)
-            if text.get(RUN_CHUNK) != recipe.run:
+            if text != recipe.text_chunks(*item):  # a whole image of something else
                 return _Kind.FOREIGN
-            if text != recipe.text_chunks(*item):
-                return None
             return _Kind.EDITED if is_noted else recipe.row(*item, size=size, png=data)
     except OSError:
         with suppress(OSError):  # what cannot be read is left alone
@@ -245,13 +267,25 @@ def foreign_names(output_dir: Path) -> Iterator[str]:
         record: is_record,
         output_dir / layout.PREVIEW_NAME: _is_page,
         **dict.fromkeys(layout.part_paths(output_dir), is_manifest),
-        **dict.fromkeys((output_dir / layout.LOCK_NAME, output_dir / layout.WRITERS_NAME), _has_one_name),
+        output_dir / layout.LOCK_NAME: locks.is_lock,
+        output_dir / layout.WRITERS_NAME: locks.is_lock,
+        output_dir / layout.PROBE_NAME: lambda path: path.lstat().st_size <= 1,
         # beside a job's record it is the job's, and edited
         manifest: is_manifest if not record.is_file() else lambda path: path.is_file(),
     }
     for path, is_own in is_ours.items():
-        if os.path.lexists(path) and not (path.is_file() and is_own(path)):
+        if os.path.lexists(path) and not _holds(path, is_own):
             yield path.name
+
+
+def _holds(path: Path, is_own: Callable[[Path], bool]) -> bool:
+    """Return whether a file is what `is_own` says, or has gone since it was listed."""
+    try:
+        return path.is_file() and is_own(path)
+    except FileNotFoundError:
+        return True
+    except OSError:  # it cannot be read
+        return False
 
 
 def check_own_files(output_dir: Path) -> None:
@@ -260,10 +294,6 @@ def check_own_files(output_dir: Path) -> None:
         raise ValueError(
             f"{output_dir} holds {name}, which no job is known to have made; use another folder, or move it away"
         )
-
-
-def _has_one_name(path: Path) -> bool:
-    return not path.is_symlink() and path.stat().st_nlink == 1
 
 
 def _is_page(path: Path) -> bool:
@@ -278,7 +308,7 @@ def images_without_record(output_dir: Path) -> Iterator[tuple[str, str | None]]:
     The hash is None for a file that no job is known to have made.
     """
     for folder in layout.user_folders(output_dir):
-        for path in sorted(folder.iterdir()):
+        for path in layout.entries(folder):
             if not layout.is_temporary(path.name) and not layout.is_system(path.name):
                 name = path.relative_to(output_dir).as_posix()
                 text = read_text_chunks(path) if layout.parse_file_name(name) else None

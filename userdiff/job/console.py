@@ -43,6 +43,11 @@ def format_bytes(number: float) -> str:
     return f"{tqdm.format_sizeof(number, divisor=1000)}B"
 
 
+def say_kept(manifest: Path) -> None:
+    """Print where a manifest is kept that somebody had added to."""
+    write(f"Note: somebody had added to {MANIFEST_NAME}; that is kept as {manifest}")
+
+
 def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int, found: Finished) -> None:
     """Print what is about to be made, from what, by how many processes, and what it takes.
 

@@ -13,7 +13,7 @@ from userdiff.dataset.atomic import check_file_system, remove_temporaries
 from userdiff.dataset.manifest import keep_edited, num_part_rows, recorded_rows
 from userdiff.dataset.png import RUN_CHUNK, is_remains, read_text_chunks
 from userdiff.dataset.run_record import RunEntry, RunRecord, now
-from userdiff.dataset.scan import check_own_files, images_without_record, user_folders
+from userdiff.dataset.scan import check_own_files, have_files, images_without_record, user_folders
 from userdiff.diffusion.model import JobModel
 from userdiff.identity import describe_differences
 from userdiff.job import shared_folder
@@ -67,13 +67,15 @@ def open_folder(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
                 # 2. No other job has it, ...
                 held.enter_context(locks.folder_lock(output_dir))
                 # 3. ... its file system can do what is needed, ...
+                check_own_files(output_dir)
                 check_file_system(output_dir)
                 # 4. ... and no process that outlived an earlier job can still write to it.
                 locks.wait_for_writers(output_dir, on_poll=coordinator.check)
             held.callback(_forget_writers, output_dir)
         # 5. What lies there is ours and of the same identity, or may be removed; so far, nothing has been written.
-        with errors_of("--output_dir"):
-            check_own_files(output_dir)
+        if config.dry_run:
+            with errors_of("--output_dir"):
+                check_own_files(output_dir)
         is_anew = config.overwrite and not _was_begun_by(coordinator.launch_id(), output_dir)
         own = _own_images(config, model, shutdown) if is_anew else []
         edited = None
@@ -103,10 +105,16 @@ def _check_writable(output_dir: Path) -> None:
 
 
 def _check_user_folders(config: JobConfig, model: JobModel) -> None:
-    """Raise UsageError where something that is no folder has the name of a user's."""
+    """Raise UsageError where something that is no folder has the name of a user's, or two users' folders are one."""
+    places: dict[tuple[int, int], Path] = {}
     for user_id in config.user_ids or model.user_index:
         folder = (config.output_dir / layout.file_name(user_id, 0)).parent
-        if os.path.lexists(folder) and not folder.is_dir():
+        if os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises where it may not look
+            found = folder.stat()
+            other = places.setdefault((found.st_dev, found.st_ino), folder)
+            if other != folder:
+                raise UsageError(f"--output_dir: {folder} and {other} are one place, needed: a folder for each user")
+        elif os.path.lexists(folder):
             raise UsageError(
                 f"--output_dir: {folder} is no folder, needed: one for the images of user {user_id}; move it away"
             )
@@ -165,18 +173,19 @@ def _refuse_unknown_origin(output_dir: Path, shutdown: Shutdown, run: str | None
 
 
 def _own_images(config: JobConfig, model: JobModel, shutdown: Shutdown) -> list[Item]:
-    """Return the images that --overwrite removes: those with a row, and those whose text chunks say that a job made them.
+    """Return the images that --overwrite removes: those with the size of their row, and those that say that a job made them.
 
     A user's folder may be a link to another place. There, an image is known to be this folder's only by its row. Raises
-    UsageError where an image of unknown origin is in the way.
+    UsageError where an image of unknown origin is in the way, and where a folder's images cannot be removed.
     """
     output_dir = config.output_dir
     if not (output_dir / layout.RECORD_NAME).exists():
         _refuse_unknown_origin(output_dir, shutdown)
-    rows = recorded_rows(output_dir)
+    rows, folders = recorded_rows(output_dir), list(user_folders(output_dir))
+    rows.keep(have_files(folders, rows))
     own: list[Item] = []
     foreign: list[Item] = []
-    for folder in user_folders(output_dir):
+    for folder in folders:
         foreign += [
             (folder.user_id, index) for name in folder.foreign if (index := layout.parse_image(name)) is not None
         ]
@@ -186,6 +195,9 @@ def _own_images(config: JobConfig, model: JobModel, shutdown: Shutdown) -> list[
             is_own = rows.of_image(*item) or (not path.parent.is_symlink() and _is_a_jobs(path))
             (own if is_own else foreign).append(item)
     refuse_foreign_images(config, model, foreign, "--overwrite")
+    for path in {(output_dir / layout.file_name(*item)).parent for item in own}:
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise UsageError(f"--overwrite: {path} cannot be written to, needed: a folder whose images can be removed")
     return own
 
 
@@ -208,28 +220,15 @@ def refuse_foreign_images(config: JobConfig, model: JobModel, foreign: Collectio
             )
 
 
-def refuse_edited_images(config: JobConfig, plan: Plan, edited: Collection[Item]) -> None:
-    """Raise UsageError where somebody has changed an image beyond the request, which this job will not make again.
-
-    Without its row, nothing would tell it from an image as it was made.
-    """
-    for user_id, image_index in edited:
-        if user_id not in plan.user_ids or image_index >= plan.num_images_per_user:
-            path = config.output_dir / layout.file_name(user_id, image_index)
-            raise UsageError(
-                f"--output_dir: {path} is not as it was made, and this job would not make it again; move it away"
-            )
-
-
 def _remove(output_dir: Path, own: Collection[Item], shutdown: Shutdown) -> Path | None:
     """Remove these images and what else jobs wrote, and nothing besides; returns what `keep_edited` does."""
     shutdown.check()  # also where there is no image
     with errors_of("--output_dir"):
         for item in shutdown.checked(own):
-            (output_dir / layout.file_name(*item)).unlink()
+            (output_dir / layout.file_name(*item)).unlink(missing_ok=True)
         remove_temporaries(output_dir)
         for folder in {(output_dir / layout.file_name(*item)).parent for item in own}:
-            if not folder.is_symlink() and not any(folder.iterdir()):
+            if not folder.is_symlink() and not layout.entries(folder):
                 folder.rmdir()
         # The record goes last: if this is interrupted, the folder is still known to be a job's.
         edited = keep_edited(output_dir)

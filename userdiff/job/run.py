@@ -27,7 +27,7 @@ from accelerate.utils import (
 from userdiff.config import JobConfig, UsageError, errors_of
 from userdiff.dataset import layout
 from userdiff.dataset.atomic import publish, remove_temporaries
-from userdiff.dataset.manifest import keep_edited, write_manifest
+from userdiff.dataset.manifest import write_manifest
 from userdiff.dataset.png import MAX_FAST_LEVEL, MAX_PIXELS
 from userdiff.dataset.recipe import Recipe
 from userdiff.dataset.rows import Rows
@@ -196,12 +196,9 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
         with errors_of("--output_dir"):
             for user_id in plan.user_ids:
                 (output_dir / layout.file_name(user_id, 0)).parent.mkdir(exist_ok=True)
-            for item in found.edited:  # they are made again; without their rows, a job that is killed would take them
-                (output_dir / layout.file_name(*item)).unlink(missing_ok=True)
-            edited = opened.edited_manifest or (None if found.has_manifest else keep_edited(output_dir))
-        if edited:
-            console.write(f"Note: somebody had added to {layout.MANIFEST_NAME}; that is kept as {edited}")
-        record.manifest_sha256 = write_manifest(output_dir, found.rows)
+        if opened.edited_manifest:
+            console.say_kept(opened.edited_manifest)
+        record.manifest_sha256 = write_manifest(output_dir, found.rows_to_keep(), console.say_kept)
         del found  # its rows take 60 bytes an image
         with output_folder.history_entry(output_dir, record, numerics, plan, coordinator) as entry:
             # Every process, this one too, claims batches until none is left.
@@ -215,9 +212,10 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
                 coordinator.wait_for_all(refresh)
             entry.published = coordinator.published()[0]
             # Find out what is there in the end; do not assume it.
-            rows = find_finished(output_dir, recipe, record.manifest_sha256, trust_parts=True).rows
-            record.manifest_sha256 = write_manifest(output_dir, rows)
-            missing = make_plan(plan.user_ids, plan.num_images_per_user, plan.batch_size, rows.image_indices())
+            found = find_finished(output_dir, recipe, record.manifest_sha256, trust_parts=True)
+            missing = make_plan(plan.user_ids, plan.num_images_per_user, plan.batch_size, found.rows.image_indices())
+            rows = found.rows_to_keep()
+            record.manifest_sha256 = write_manifest(output_dir, rows, console.say_kept)
             entry.failed = [missing.item(number) for number in missing.pending.nonzero()[0].tolist()]
             page = preview_page(output_dir, rows, record, ended=datetime.now(timezone.utc))
             publish(output_dir / layout.PREVIEW_NAME, page)
@@ -261,12 +259,13 @@ def _plan(
         found = Finished(Rows(), lost=[], foreign_files=[], foreign_images=[], edited=[], has_manifest=False)
     else:
         recipe, checked = Recipe.of(model.identity, model.run), coordinator.shutdown.checked
-        found = find_finished(
-            output_dir,
-            recipe,
-            record.manifest_sha256,
-            track=lambda items, total: checked(show_reading(items, total)),
-        )
+        with errors_of("--output_dir"):
+            found = find_finished(
+                output_dir,
+                recipe,
+                record.manifest_sha256,
+                track=lambda items, total: checked(show_reading(items, total)),
+            )
         output_folder.refuse_foreign_images(config, model, found.foreign_images, "--output_dir")
     batch_size, compress_level = config.batch_size_and_level(record.numerics, model.device.type)
     numerics = numerics_of(config, model, batch_size, compress_level)
@@ -274,7 +273,6 @@ def _plan(
     plan = make_plan(users, config.num_images_per_user, batch_size, found.rows.image_indices())
     if not (record.numerics and found.rows):
         record.numerics = numerics
-    output_folder.refuse_edited_images(config, plan, found.edited)
     for name, before, after in changed_numerics(record.numerics, numerics):
         remedy = f"; {_KEEPS[name].format(before)} keeps it" if name in _KEEPS else ""
         console.warn(

@@ -36,7 +36,8 @@ def shown(output_dir: Path, coordinator: Coordinator) -> Iterator[None]:
         yield
     finally:
         for path in shared_mark_paths(output_dir):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder of that name, or a disk that is gone
+                path.unlink()
 
 
 def look(output_dir: Path, coordinator: Coordinator) -> None:

@@ -7,18 +7,19 @@ import errno
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from userdiff.dataset import layout, locks
 from userdiff.dataset.atomic import publish, remove_temporaries
-from userdiff.dataset.manifest import PartWriter, keep_edited, write_manifest
+from userdiff.dataset.manifest import PartWriter, write_manifest
 from userdiff.dataset.png import read_png
 from userdiff.dataset.recipe import Recipe
 from userdiff.dataset.rows import Row, Rows, as_rows
@@ -34,10 +35,10 @@ from userdiff.tools.status import existing_record, num_of_wanted
 _CANNOT_LOCK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
-def merge(output_dir: Path, track: Track = untracked) -> tuple[Rows, Path | None]:
-    """Put an interrupted run's parts into the manifest, as the next run would; returns (its rows, what `keep_edited` does).
+def merge(output_dir: Path, track: Track = untracked, on_edited: Callable[[Path], None] = lambda copy: None) -> Rows:
+    """Put an interrupted run's parts into the manifest, as the next run would; raises ValueError without a dataset.
 
-    Raises ValueError without a dataset, and where somebody has changed an image.
+    on_edited: as of `write_manifest`.
     """
     existing_record(output_dir)
     with locks.folder_lock(output_dir):
@@ -45,27 +46,16 @@ def merge(output_dir: Path, track: Track = untracked) -> tuple[Rows, Path | None
         check_own_files(output_dir)
         run_record = existing_record(output_dir)  # as it is now that nobody else writes it
         recipe = Recipe.of(run_record.identity, run_record.run)
-        found = find_finished(output_dir, recipe, run_record.manifest_sha256, track=track)
-        _refuse_edited(output_dir, found)
-        edited = None if found.has_manifest else keep_edited(output_dir)
-        run_record.manifest_sha256 = write_manifest(output_dir, found.rows)
+        rows = find_finished(output_dir, recipe, run_record.manifest_sha256, track=track).rows_to_keep()
+        run_record.manifest_sha256 = write_manifest(output_dir, rows, on_edited)
         run_record.publish(output_dir)
-    return found.rows, edited
-
-
-def _refuse_edited(output_dir: Path, found: Finished) -> None:
-    for item in found.edited:  # without its row, nothing would tell it from an image as it was made
-        raise ValueError(
-            f"{output_dir / layout.file_name(*item)} is not as it was made; the job's command makes it again, or move it away"
-        )
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Joined:
     """The result of joining datasets."""
 
-    edited_manifest: Path | None
-    """The new name of the joined folder's manifest, where somebody had added to it."""
     num_images: int
     """All images in the joined folder, including those from before."""
     num_linked: int
@@ -80,7 +70,12 @@ class Joined:
 
 
 def merge_into(
-    sources: Sequence[Path], into: Path, *, shutdown: Shutdown | None = None, track: Track = untracked
+    sources: Sequence[Path],
+    into: Path,
+    *,
+    shutdown: Shutdown | None = None,
+    track: Track = untracked,
+    on_edited: Callable[[Path], None] = lambda copy: None,
 ) -> Joined:
     """Put the finished images of `sources`, which stay as they are, into one dataset; `into` may be one already.
 
@@ -107,10 +102,7 @@ def merge_into(
             )
             for path, one in records.items()
         }
-        own = Rows()
-        if into in found:
-            _refuse_edited(into, found[into])
-            own = found[into].rows
+        own = found[into].rows if into in found else Rows()
         lost = {path: {*one.lost, *one.foreign_images} for path, one in found.items()}
         num_pending = _check_images(found, records, into) - len(own)
         history: list[RunEntry] = []
@@ -119,8 +111,8 @@ def merge_into(
         history.sort(key=lambda entry: entry.started)
         run_record = RunRecord(identity=first.identity, numerics=first.numerics, history=history)
         entry = _new_entry(records, sources, first)
-        edited = keep_edited(into) if into in found and not found[into].has_manifest else None
-        with _noted(into, run_record, entry, own, num_pending):
+        edited = found[into].edited if into in found else []
+        with _noted(into, run_record, entry, own, num_pending, edited, on_edited):
             ways: Counter[str] = Counter()
             putting = _put_all({path: one.rows for path, one in found.items() if path != into}, own, into)
             # Closed, for its threads to have ended before anybody else holds the folder.
@@ -133,19 +125,20 @@ def merge_into(
                         part.append(row)
                         entry.published += 1
             # From here on it is the end of any job.
-            rows = find_finished(into, recipe, run_record.manifest_sha256, trust_parts=True).rows
-            run_record.manifest_sha256 = write_manifest(into, rows)
+            at_end = find_finished(into, recipe, run_record.manifest_sha256, trust_parts=True)
+            rows = at_end.rows
             entry.failed = [item for item in entry.failed if not rows.of_image(*item)]
+            num_missing = sum(entry.wanted().values()) - sum(num_of_wanted(rows, entry.wanted()).values())
+            num_images = len(rows)
+            run_record.manifest_sha256 = write_manifest(into, at_end.rows_to_keep(), on_edited)
             page = preview_page(into, rows, run_record, ended=datetime.now(timezone.utc))
             publish(into / layout.PREVIEW_NAME, page)
-    wanted = entry.wanted()
     left_out = {path: [item for item in sorted(items) if not rows.of_image(*item)] for path, items in lost.items()}
     return Joined(
-        edited_manifest=edited,
-        num_images=len(rows),
+        num_images=num_images,
         num_linked=ways["linked"],
         num_copied=ways["copied"],
-        num_missing=sum(wanted.values()) - sum(num_of_wanted(rows, wanted).values()),
+        num_missing=num_missing,
         left_out={path: items for path, items in left_out.items() if items},
         numerics=_different_numerics(records),
     )
@@ -156,12 +149,12 @@ def merge_into(
 
 def _distinct_folders(sources: Sequence[Path], into: Path) -> list[Path]:
     """Return each source once; raises ValueError where one lies in the joined folder, or that in one of them."""
-    target = into.resolve()
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"--into: {into} is a file, needed: a folder, or a path where one can be made")
+    target = _place(into)
+    if os.path.lexists(into) and not os.path.isdir(into):  # noqa: PTH112 - Path.is_dir raises where it may not look
+        raise ValueError(f"--into: {into} is no folder, needed: one, or a path where one can be made")
     distinct: dict[Path, Path] = {}
     for source in sources:
-        place = source.resolve()
+        place = _place(source)
         distinct.setdefault(place, source)
         if place == target:
             raise ValueError(
@@ -172,10 +165,25 @@ def _distinct_folders(sources: Sequence[Path], into: Path) -> list[Path]:
             raise ValueError(
                 f"--into: {inner} lies in {outer}, whose folders loaders take for classes; needed: one beside it"
             )
-    for folder in into.glob("user_*"):
-        if source_of_link := distinct.get(folder.resolve().parent):
+    for folder in layout.entries(into):
+        if source_of_link := distinct.get(_place(folder).parent):
             raise ValueError(f"--into: {folder} is a link into {source_of_link}, which is to stay as it is")
     return list(distinct.values())
+
+
+def _place(path: Path) -> Path:
+    """Return where a path leads; unlike `Path.resolve`, of a link to itself too."""
+    return Path(os.path.realpath(path))
+
+
+def _check_user_folders(into: Path, rows: Rows) -> None:
+    """Raise ValueError where something that is no folder has the name of one of these users'."""
+    for user_id in rows.user_ids:
+        folder = (into / layout.file_name(user_id, 0)).parent
+        if os.path.lexists(folder) and not os.path.isdir(folder):  # noqa: PTH112 - as above
+            raise ValueError(
+                f"--into: {folder} is no folder, needed: one for the images of user {user_id}; move it away"
+            )
 
 
 def _read_records(sources: Sequence[Path], into: Path) -> dict[Path, RunRecord]:
@@ -186,7 +194,9 @@ def _read_records(sources: Sequence[Path], into: Path) -> dict[Path, RunRecord]:
     own = RunRecord.read(into)
     records = {into: own} if own else {}
     if own is None:
-        for path in sorted(path for path in into.glob("user_*/*") if not layout.is_system(path.name)):
+        for path in chain.from_iterable(map(layout.entries, layout.user_folders(into))):
+            if layout.is_system(path.name):
+                continue
             raise ValueError(
                 f"--into: {into} has no {layout.RECORD_NAME} but holds {path.relative_to(into).as_posix()}; {needed}"
             )
@@ -227,6 +237,7 @@ def _check_images(found: Mapping[Path, Finished], records: Mapping[Path, RunReco
     Raises ValueError where two hold different bytes of one, or where a foreign image is in the way of one.
     """
     together = Rows(row for one in found.values() for row in one.rows)
+    _check_user_folders(into, together)
     for item in found[into].foreign_images if into in found else ():
         if together.of_image(*item):
             raise ValueError(f"--into: {into / layout.file_name(*item)} was not made by these jobs; move it away")
@@ -268,7 +279,7 @@ def _new_entry(records: Mapping[Path, RunRecord], sources: Sequence[Path], first
     last = [one.last for one in records.values() if one.last]
     return RunEntry(
         started=now(),
-        joined=[source.resolve().name for source in sources],
+        joined=[_place(source).name for source in sources],
         num_processes=1,
         user_ids=format_ids({user_id for entry in last for user_id in entry.wanted()}),
         num_images_per_user=max((entry.num_images_per_user for entry in last), default=0),
@@ -278,11 +289,20 @@ def _new_entry(records: Mapping[Path, RunRecord], sources: Sequence[Path], first
 
 
 @contextmanager
-def _noted(into: Path, run_record: RunRecord, entry: RunEntry, own: Rows, num_pending: int) -> Iterator[None]:
+def _noted(
+    into: Path,
+    run_record: RunRecord,
+    entry: RunEntry,
+    own: Rows,
+    num_pending: int,
+    edited: Sequence[Row],
+    on_edited: Callable[[Path], None],
+) -> Iterator[None]:
     """Record in `run.json` that the merge is `running`, then how it ended. An OSError is raised as Failed."""
     try:
         remove_temporaries(into)
-        run_record.manifest_sha256 = write_manifest(into, own)  # a killed joining's parts have gone into it
+        # A killed joining's parts have gone into it.
+        run_record.manifest_sha256 = write_manifest(into, chain(own, edited), on_edited)
         run_record.begin(into, entry)
         yield
         run_record.end(into)

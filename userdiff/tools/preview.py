@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
@@ -138,6 +139,17 @@ def contact_sheet(output_dir: Path, rows: Rows, columns: int, scale: int) -> Ima
             left += row.width * scale + _GAP
         top += line_height
     return sheet
+
+
+def picture_bytes(sheet: Image.Image, suffix: str) -> bytes:
+    """Return a picture as a file with this suffix has it; raises ValueError for one that its format cannot hold."""
+    buffer = io.BytesIO()
+    try:
+        sheet.save(buffer, Image.registered_extensions()[suffix.lower()])
+    except (ValueError, OSError) as error:
+        size = f"{sheet.width} x {sheet.height} pixels"
+        raise ValueError(f"--picture: {suffix} does not hold {size} ({error}); name it .png") from error
+    return buffer.getvalue()
 
 
 def _enlarged(output_dir: Path, row: Row, scale: int) -> Image.Image:

@@ -19,6 +19,7 @@ from userdiff.dataset.scan import have_files, user_folders
 from userdiff.text import count
 
 LITTLE_ROOM = 2**16  # bytes
+_LOOKS = 5
 
 _STOPPED = re.compile(r"stopped by signal (\d+)")
 
@@ -68,7 +69,15 @@ def num_of_wanted(rows: Rows, wanted: dict[int, int]) -> dict[int, int]:
 
 def read_status(output_dir: Path) -> Status:
     """Read a dataset's status from its records and the sizes of its files; raises ValueError if there is no dataset."""
-    run_record = existing_record(output_dir)
+    for _ in range(_LOOKS):
+        run_record = existing_record(output_dir)
+        status = _status(output_dir, run_record)
+        if RunRecord.read(output_dir) == run_record:  # else a run has begun or ended meanwhile
+            break
+    return status
+
+
+def _status(output_dir: Path, run_record: RunRecord) -> Status:
     entry, wanted = run_record.last, run_record.last.wanted() if run_record.last else {}
     rows = best_rows(output_dir, Recipe.of(run_record.identity, run_record.run))
     folders = list(user_folders(output_dir))

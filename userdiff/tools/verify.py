@@ -1,6 +1,7 @@
 """Where a dataset's folder differs from its records: what `userdiff verify` prints."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -97,12 +98,13 @@ def _misleading(output_dir: Path) -> Iterator[Problem]:
     """Yield what lies beside the users' folders and loaders would take for a class or an image."""
     for name in foreign_names(output_dir):
         yield Problem("foreign", name, "a job's file has this name, and no job is known to have made it")
-    for path in output_dir.iterdir():
-        if layout.is_system(path.name):
+    for path in layout.entries(output_dir):
+        is_folder = os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises where it may not look
+        if layout.is_system(path.name) or not os.path.lexists(path):  # gone since it was listed
             continue
-        if path.is_dir() and not layout.is_user_folder(path.name):
+        if is_folder and not layout.is_user_folder(path.name):
             yield Problem("foreign", path.name, "loaders take every folder for a class")
-        elif not path.is_dir() and layout.is_user_folder(path.name):
+        elif not is_folder and layout.is_user_folder(path.name):
             yield Problem("foreign", path.name, "a file where a user's folder goes")
         elif path.suffix.lower() in layout.LOADED_SUFFIXES:
             yield Problem("foreign", path.name, "an image beside the user folders hides all labels from loaders")
