@@ -61,6 +61,33 @@ def alone():
         yield coordinator
 
 
+# Devices -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "requested", "device"),
+    [
+        ({}, "auto", "cuda:0"),
+        ({"LOCAL_RANK": "3"}, "auto", "cuda:0"),  # left over: no launcher started this process
+        ({"TORCHELASTIC_RUN_ID": "none", "LOCAL_RANK": "1"}, "auto", "cuda:1"),
+        ({"TORCHELASTIC_RUN_ID": "none", "LOCAL_RANK": "3"}, "cuda", "cuda:1"),  # more processes than GPUs
+        ({"TORCHELASTIC_RUN_ID": "none", "LOCAL_RANK": "3"}, "cpu", "cpu"),
+        ({"ACCELERATE_USE_CPU": "true"}, "auto", "cpu"),
+        ({"ACCELERATE_USE_CPU": "true"}, "cuda", "cuda:0"),
+    ],
+)
+def test_each_process_of_a_machine_has_the_gpu_that_accelerate_would_give_it(
+    card, monkeypatch, environment, requested, device
+):
+    card(2)
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert runner.choose_device(requested) == torch.device(device)
+
+
 # Precision -----------------------------------------------------------------------------------------------------------
 
 
