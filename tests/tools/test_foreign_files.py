@@ -175,6 +175,9 @@ def test_what_decodes_or_reads_to_gigabytes_takes_no_more_memory_than_an_ordinar
         (out / name_of(*item)).write_bytes(huge)
     for item in ITEMS[4:]:
         (out / name_of(*item)).write_bytes(large)
+    with open(out / name_of(2, 5), "wb") as file:  # a header of a small image, and a chunk of two gigabytes, sparse
+        file.write(png_of({}, (32, 32))[:33] + struct.pack(">I", 2 * 10**9) + b"prVt")
+        file.truncate(2 * 10**9 + 50)
     for index in range(7, 11):  # of no row
         (out / name_of(1, index)).write_bytes(large)
     sparse(out / name_of(2, 9))
@@ -183,6 +186,10 @@ def test_what_decodes_or_reads_to_gigabytes_takes_no_more_memory_than_an_ordinar
     of_wide_rows(out)
     assert peak_of(out) < ordinary + 200
     sparse(out / "manifest.csv")
+    assert peak_of(out) < ordinary + 200
+    (out / "manifest.csv").write_text(csv_of() + "\n" * 10**7)
+    with open(out / "manifest.csv", "r+b") as file:
+        file.truncate(10**12)
     assert peak_of(out) < ordinary + 200
     sparse(out / "run.json")
     assert peak_of(out) < ordinary + 200
@@ -326,10 +333,14 @@ def test_an_edited_image_is_no_finished_one_and_no_merge_hides_that(out, tmp_pat
     path = out / name_of(1, 1)
     path.write_bytes(png_of(Image.open(path).text, (30, 30), "white"))
     kept = path.read_bytes()
-    before = files_in(out)
-    assert main(["merge", str(out)]) == 2
-    assert f"{path} is not as it was made" in capsys.readouterr().err
-    assert files_in(out) == before
+    for command in ("merge", "merge", "preview"):
+        before = files_in(out)["manifest.csv"]
+        assert main([command, str(out)]) == 0
+        assert files_in(out)["manifest.csv"] == before
+        capsys.readouterr()
+        for deep in ([], ["--deep"]):
+            assert main(["verify", str(out), *deep]) == 1
+            assert f"changed     {name_of(1, 1)}" in capsys.readouterr().out
     assert main(["merge", str(out), "--into", str(tmp_path / "C")]) == 0
     assert "1 images missing, damaged or of another run: user_01/generated_001.png" in capsys.readouterr().out
     assert kept not in files_in(tmp_path / "C").values()
@@ -372,3 +383,88 @@ def test_the_image_of_a_foreign_identity_stays_foreign(out):
     assert run_of(IDENTITY) == record_of()["run"]
     (out / name_of(1, 9)).write_bytes(image_of(1, 9, run="f" * 64))
     assert [problem.kind for problem in verify(out)] == ["foreign"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry.update(numerics={}),
+        lambda entry: entry.update(joined=[[[]]]),
+        lambda entry: entry.update(user_ids="1-10000000"),
+    ],
+)
+def test_an_odd_entry_is_one_line(out, capsys, change):
+    record = json.loads((out / "run.json").read_text())
+    change(record["history"][-1])
+    (out / "run.json").write_text(json.dumps(record))
+    for command in ("status", "verify", "merge"):
+        assert main([command, str(out)]) == 2
+        assert "run.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("preview {} --picture {}/user_01/generated_000.png", "--picture: "),
+        ("preview {} --picture {}/sheet.png", "--picture: "),
+        ("preview {} --picture {}/../p.webp --scale 2000", "--picture: "),
+        ("inspect {} --json {}/manifest.csv", "--json: "),
+        ("merge {} --into {}/../loop", "--into: "),
+        ("merge {} --into {}/../loop/x", ""),
+        ("merge {}/../loop --into {}/../x", ""),
+        ("merge {} --into {}/../taken", "user_02 is no folder"),
+    ],
+)
+def test_a_target_that_is_none_is_one_line_and_nothing_is_touched(out, tmp_path, capsys, flags, said):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "p.webp").write_bytes(b"precious")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "user_02").write_bytes(b"hi")
+    before = files_in(tmp_path)
+    assert main(flags.replace("{}", str(out)).split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+    assert files_in(tmp_path) == before
+
+
+def test_an_image_wider_than_a_row_can_note_is_foreign(out):
+    text = Image.open(out / name_of(1, 0)).text
+    (out / "manifest.csv").unlink()
+    (out / name_of(1, 0)).write_bytes(png_of(text, (70000, 1)))
+    assert main(["merge", str(out)]) == 0
+    assert not any(row.startswith(name_of(1, 0)) for row in (out / "manifest.csv").open())
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(out, monkeypatch, capsys):
+    real = Path.iterdir
+
+    def refuse(path):
+        if path == out:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    before = (out / "manifest.csv").read_bytes()
+    for command in ("status", "verify", "merge", "inspect"):
+        assert main([command, str(out)]) == 2
+        assert f"Permission denied ({out})" in capsys.readouterr().err
+    assert (out / "manifest.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd/x", "/" + "x" * 300])
+@pytest.mark.parametrize("name", [name_of(1, 7), "user_09", "other"])
+def test_a_link_that_leads_nowhere_ends_nothing(out, capsys, name, target):
+    (out / name).symlink_to(target)
+    for command in ("status", "verify", "merge"):
+        assert main([command, str(out)]) in (0, 1)
+        assert capsys.readouterr().err == ""
+
+
+def test_a_small_file_of_ones_own_is_no_lock(out, capsys):
+    for name in (".userdiff.lock", ".userdiff.writers", ".userdiff.probe"):
+        (out / name).write_bytes(b"precious")
+        assert main(["merge", str(out)]) == 2
+        assert name in capsys.readouterr().err
+        assert (out / name).read_bytes() == b"precious"
+        (out / name).unlink()

@@ -151,7 +151,8 @@ def _distinct_folders(sources: Sequence[Path], into: Path) -> list[Path]:
     """Return each source once; raises ValueError where one lies in the joined folder, or that in one of them."""
     target = _place(into)
     if os.path.lexists(into) and not os.path.isdir(into):  # noqa: PTH112 - Path.is_dir raises where it may not look
-        raise ValueError(f"--into: {into} is no folder, needed: one, or a path where one can be made")
+        kind = "a file" if into.is_file() else "no folder"
+        raise ValueError(f"--into: {into} is {kind}, needed: a folder, or a path where one can be made")
     distinct: dict[Path, Path] = {}
     for source in sources:
         place = _place(source)
