@@ -4,8 +4,11 @@ import errno
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from userdiff.config import JobConfig, UsageError, errors_of
 from userdiff.dataset import layout, locks
@@ -20,6 +23,7 @@ from userdiff.job import launcher, shared_folder
 from userdiff.job.plan import Plan
 from userdiff.job.store import Coordinator
 from userdiff.seeds import Item
+from userdiff.shard import WHOLE, Shard
 from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
 from userdiff.text import format_ids, refusal
 
@@ -197,13 +201,35 @@ def refuse_foreign_images(config: JobConfig, model: JobModel, foreign: Collectio
             )
 
 
+def refuse_other_shard(config: JobConfig, record: RunRecord, shard: Shard, batch_size: int) -> None:
+    """Raise UsageError where a folder that holds images was made as another shard than this one, or cut otherwise.
+
+    Without --shard, any folder may become the whole dataset, and after that be this shard's again.
+    """
+    if shard == WHOLE or not record.history:
+        return
+    runs = takewhile(lambda entry: entry.joined is None, reversed(record.history))  # a joined dataset is none's
+    if not any(entry.shard_of_all() == shard for entry in runs):
+        before = record.history[-1].shard
+        what, way = (f"as shard {before}", f"--shard {before}") if before else ("without --shard", "no --shard")
+        raise UsageError(
+            f"--shard: {shard}, but {config.output_dir} was made {what}; needed: a folder of its own for each shard; {way} goes "
+            "on here" + ", and no --shard makes it the whole dataset" * bool(before)
+        )
+    if (begun := record.numerics["batch_size"]) != batch_size:
+        raise UsageError(
+            f"--batch_size: {batch_size} cuts other shards than {begun}, with which {config.output_dir} was begun; --batch_size "
+            f"{begun} keeps it, needed: one for all shards"
+        )
+
+
 def refuse_edited_images(config: JobConfig, plan: Plan, edited: Collection[Item]) -> None:
     """Raise UsageError where somebody has changed an image beyond the request, which this job will not make again.
 
     Without its row, nothing would tell it from an image as it was made.
     """
     for user_id, image_index in edited:
-        if user_id not in plan.user_ids or image_index >= plan.num_images_per_user:
+        if not plan.asks_for(user_id, np.array([image_index])):
             path = config.output_dir / layout.file_name(user_id, image_index)
             raise UsageError(
                 f"--output_dir: {path} is not as it was made, and this job would not make it again; move it away"
@@ -243,6 +269,7 @@ def history_entry(
     """
     entry = RunEntry(
         started=now(),
+        shard=None if plan.shard == WHOLE else str(plan.shard),
         num_processes=coordinator.num_processes,
         user_ids=format_ids(plan.user_ids),
         num_images_per_user=plan.num_images_per_user,
