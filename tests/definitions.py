@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,6 +38,11 @@ def seed_of(base_seed: int, user_id: int, image_index: int) -> int:
 
 def slot_of(user_id: int, image_index: int, batch_size: int) -> int:
     return ((((user_id * 2654435769) % 2**32) * batch_size >> 32) + image_index) % batch_size
+
+
+def shard_of(user_id: int, image_index: int, batch_size: int, num_shards: int) -> int:
+    """Return the number of the shard, from 1, that an image is in."""
+    return 1 + (image_index + image_index // math.lcm(batch_size, num_shards) + user_id) % num_shards
 
 
 def name_of(user_id: int, image_index: int) -> str:

@@ -12,10 +12,10 @@ import userdiff
 
 PACKAGE = Path(userdiff.__file__).parent
 SOURCES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
-BASE = {"config", "identity", "seeds", "shutdown", "text"}
+BASE = {"config", "identity", "seeds", "shard", "shutdown", "text"}
 FOLDERS = {"dataset", "demo", "diffusion", "job", "tools"}
 ARROWS = {  # folder, or module beside the folders -> what it may import of the package
-    "config": {"text"},
+    "config": {"shard", "text"},
     "dataset": BASE,
     "diffusion": BASE,
     "tools": {*BASE, "dataset", "diffusion.generate", "diffusion.model"},
@@ -23,7 +23,7 @@ ARROWS = {  # folder, or module beside the folders -> what it may import of the 
     "cli": {*BASE, "dataset", "job", "tools"},
     "__main__": {"cli"},
     "demo": {*BASE, "dataset", "diffusion", "tools", "cli"},
-    **{name: set() for name in ("__init__", "identity", "seeds", "shutdown", "text")},
+    **{name: set() for name in ("__init__", "identity", "seeds", "shard", "shutdown", "text")},
 }
 WITH_TORCH = {"diffusion", "job", "demo", "tools.reproduce"}
 HEAVY = {"torch", "diffusers", "accelerate", "safetensors", "transformers"}

@@ -164,6 +164,11 @@ def in_folder(prepare, value):
     return "", value, prepare
 
 
+def begun(flags):
+    """A dataset that a job made with more flags."""
+    return lambda: run_job(*MODEL, *SMALL, "--output_dir", "out", *flags.split())
+
+
 CASES: dict[str, dict[str, Bad]] = {  # by the flag that the line names
     "--seed": {"below 0": ("--seed -1", "-1", nothing)},
     "--device": {"that is not there": ("--device cuda", "no CUDA device", nothing)},
@@ -306,6 +311,16 @@ CASES: dict[str, dict[str, Bad]] = {  # by the flag that the line names
         "betas above 1": in_folder(settings(SCHEDULER, beta_end=7.0), SCHEDULER),
         "betas of NaN": in_folder(settings(SCHEDULER, beta_end=float("nan")), SCHEDULER),
         "too few betas": in_folder(settings(SCHEDULER, trained_betas=[0.1]), SCHEDULER),
+    },
+    "--shard": {
+        "another than before": ("--shard 3/7", "3/7, but out was made as shard 2/7; needed: a folder", begun("--shard 2/7")),
+        "of another number": ("--shard 2/3", "--shard 2/7 goes on here, and no --shard makes it", begun("--shard 2/7")),
+        "of a whole dataset": ("--shard 2/7", "out was made without --shard; needed: a folder", begun("")),
+    },
+    "--batch_size": {
+        "that cuts other shards": (
+            "--shard 2/7 --batch_size 8", "8 cuts other shards than 16, with which out was begun; --batch_size 16", begun("--shard 2/7"),
+        ),
     },
     "--num_inference_steps": {
         "beyond training": ("--num_inference_steps 1000", "1000", settings(SCHEDULER, steps_offset=1)),

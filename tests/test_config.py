@@ -48,6 +48,8 @@ DEFAULTS = {
     "on_incompatible_weights": "error",
     "user_ids": None,
     "num_images_per_user": 5,
+    "shard": None,
+    "num_shards": None,
     "output_dir": Path("generated_images"),
     "num_inference_steps": 20,
     "seed": 42,
@@ -127,6 +129,9 @@ def test_the_original_command_line_means_what_it_meant():
         ("--user_ids=9", "user_ids", (9,)),
         ("--num_images_per_user 1", "num_images_per_user", 1),
         ("--num_images_per_user 4294967296", "num_images_per_user", 2**32),
+        ("--shard 1/1", "shard", "1/1"),
+        ("--shard 7/1048576", "shard", "7/1048576"),
+        ("--shard auto", "shard", "auto"),
         ("--output_dir a/b", "output_dir", Path("a/b")),
         ("--num_inference_steps 1", "num_inference_steps", 1),
         ("--seed 0", "seed", 0),
@@ -151,6 +156,10 @@ def test_each_flag_takes_its_values(argv, name, value):
     found = dataclasses.asdict(parse_args([*OWN_MODEL_ARGV, *argv.split()]))
     assert found == {**OWN_MODEL, **DEFAULTS, name: value}
     assert type(found[name]) is type(value)
+
+
+def test_the_number_of_shards_goes_with_auto():
+    assert parse_args([*OWN_MODEL_ARGV, "--shard", "auto", "--num_shards", "1048576"]).num_shards == 2**20
 
 
 # Errors: `golden/transcripts/arguments.txt` has what is refused, and in which words
@@ -341,7 +350,7 @@ HELP_TEXTS = {
 HELP_GROUPS = {
     "options": {"-h"},
     "the model": set(list(HELP_TEXTS)[:14]),
-    "what to make": {"user_ids", "num_images_per_user", "output_dir"},
+    "what to make": {"user_ids", "num_images_per_user", "shard", "num_shards", "output_dir"},
     "how to sample": {"num_inference_steps", "seed", "eta"},
     "how to run": {
         "device",

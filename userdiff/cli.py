@@ -261,7 +261,8 @@ def _merge_into(sources: list[Path], into: Path) -> int:
     added = f"{joined.num_linked} linked and {joined.num_copied} copied now"
     _say(f"{into / MANIFEST_NAME}: {joined.num_images} images, {added}")
     if joined.num_missing:
-        _say(f"{joined.num_missing} of those asked for are not there: `userdiff status {into}` says whose")
+        why = f"; {joined.shards}" if joined.shards else ""
+        _say(f"{joined.num_missing} of those asked for are not there: `userdiff status {into}` says whose{why}")
     return 0
 
 

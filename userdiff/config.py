@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
+from userdiff.shard import MAX_SHARDS, Shard
 from userdiff.text import MAX_USERS, id_range, printable
 
 BUNDLED_CHECKPOINT = Path(__file__).parent / "demo" / "checkpoint"
@@ -212,6 +213,16 @@ class JobConfig:
         _WHAT, "images of each user, image_index 0 to N-1 (default: %(default)s)",
         5, type=whole_number, metavar="N", bounds=(1, MAX_IMAGES_PER_USER),
     )  # fmt: skip
+    shard: str | None = _flag(
+        _WHAT, "I/N: of these, the I-th of N shards, each in a folder of its own, for `userdiff merge`; auto: the one of this "
+        "task of a Slurm array or Kubernetes Indexed Job (default: all of it)",
+        None, metavar="I/N",
+    )  # fmt: skip
+    num_shards: int | None = _flag(
+        _WHAT, "how many shards there are, with --shard auto, where task 0 makes the first (default: the tasks of the Slurm "
+        "array)",
+        None, type=whole_number, metavar="N", bounds=(1, MAX_SHARDS),
+    )  # fmt: skip
     output_dir: Path = _flag(
         _WHAT, "folder of the dataset, one that can be written to; made if needed (default: ./%(default)s)",
         Path("generated_images"), type=path,
@@ -281,6 +292,11 @@ class JobConfig:
             raise UsageError(
                 f"--{given[1]}: {getattr(self, given[1])} goes without --{given[0]}, both say which row a user has"
             )
+        if self.shard not in (None, "auto"):
+            with errors_of("--shard"):
+                Shard.parse(str(self.shard))
+        if self.num_shards is not None and self.shard != "auto":
+            raise UsageError(f"--num_shards: {self.num_shards} goes with --shard auto alone; --shard I/N says N itself")
         self._check_output_dir()
 
     @property

@@ -1,9 +1,10 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from tests.definitions import IDENTITY, NUMERICS, entry_of, record_of, run_of
+from tests.definitions import IDENTITY, NUMERICS, entry_of, record_of, run_of, shard_of
 from userdiff.dataset.run_record import RunEntry, RunRecord, changed_numerics
 from userdiff.shutdown import Failed, Stopped
 
@@ -38,6 +39,22 @@ def test_an_entry_knows_what_was_asked_for_and_how_long_it_took():
     joined = RunEntry(**ENTRY, joined=["a", "b"])
     assert "joined" not in entry.to_json()
     assert joined.to_json()["joined"] == ["a", "b"]
+
+
+def test_an_entry_of_a_shard_asks_for_its_share_alone():
+    entry = RunEntry(**ENTRY)
+    shards = [RunEntry(**ENTRY, shard=f"{number}/3") for number in (1, 2, 3)]
+    wanted = [shard.wanted() for shard in shards]
+    assert {user_id: sum(one[user_id] for one in wanted) for user_id in (1, 2, 3, 7)} == entry.wanted()
+    assert wanted[0] == {
+        user_id: sum(shard_of(user_id, index, 4, 3) == 1 for index in range(5)) for user_id in (1, 2, 3, 7)
+    }
+    indices = np.arange(10, dtype=np.uint32)
+    asked_for = [shard.asks_for(7, indices) for shard in shards]
+    assert (sum(one.astype(int) for one in asked_for) == entry.asks_for(7, indices)).all()
+    assert asked_for[1].tolist() == [index < 5 and shard_of(7, index, 4, 3) == 2 for index in range(10)]
+    assert "shard" not in entry.to_json()
+    assert shards[1].to_json()["shard"] == "2/3"
 
 
 def with_entry(**changes):
@@ -88,6 +105,11 @@ DAMAGED = {
     "more users than the model has": with_entry(user_ids="1-10"),
     "a thousand million users": with_entry(user_ids=" ".join(f"{k * 2**24 + 1}-{(k + 1) * 2**24}" for k in range(64))),
     "an entry with odd failures": with_entry(failed=[[1, 2, 3]]),
+    "an entry with an odd shard": with_entry(shard="3/2"),
+    "an entry with an empty shard": with_entry(shard=""),
+    "an entry with a number for a shard": with_entry(shard=3),
+    "an entry of a shard without a batch size": with_entry(shard="2/3", numerics={}),
+    "an entry of a shard with batches of none": with_entry(shard="2/3", numerics={"batch_size": 0}),
     "an entry with fields of another version": with_entry(mood="good"),
 }
 

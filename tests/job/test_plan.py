@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.definitions import slot_of
+from tests.definitions import shard_of, slot_of
 from userdiff.job import plan
 from userdiff.job.plan import PADDING, Plan
+from userdiff.shard import WHOLE, Shard
 
 USER_IDS = st.integers(1, 40) | st.integers(1, 2**63 - 1)
 
@@ -20,11 +21,11 @@ def batches_by_definition(items, batch_size):
     return [[q[k] if k < len(q) else None for q in queues] for k in range(max(map(len, queues)))]
 
 
-def make_plan(user_ids, num_images, batch_size, done=()):
+def make_plan(user_ids, num_images, batch_size, done=(), shard=WHOLE):
     of_user = {}
     for user_id, image_index in done:
         of_user.setdefault(user_id, []).append(image_index)
-    return plan.make_plan(user_ids, num_images, batch_size, of_user)
+    return plan.make_plan(user_ids, num_images, batch_size, of_user, shard)
 
 
 def batches_of(plan):
@@ -94,6 +95,39 @@ def test_users_spread_evenly_over_the_rows(num_users, batch_size):
     assert 0 <= more <= max(1, 0.02 * num_items / batch_size)
 
 
+# Shards
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans(), st.integers(1, 20))
+def test_shards_are_parts_of_the_whole_plan_that_make_it_up(asked, num_shards):
+    user_ids, num_images, batch_size, done = asked
+    whole = make_plan(user_ids, num_images, batch_size, done)
+    shards = [Shard(number, num_shards) for number in range(1, num_shards + 1)]
+    parts = [make_plan(user_ids, num_images, batch_size, done, shard) for shard in shards]
+    assert (sum(part.pending.astype(int) for part in parts) == whole.pending).all()
+    assert sum(part.num_items for part in parts) == whole.num_items == sum(whole.wanted.values())
+    for shard, part in zip(shards, parts, strict=True):
+        items = {(user_id, index) for user_id in user_ids for index in range(num_images)}
+        wanted = {item for item in items if shard_of(*item, batch_size, num_shards) == shard.number}
+        assert (part.num_items, part.num_done) == (len(wanted), len(wanted & done))
+        assert batches_of(part) == batches_by_definition(wanted - done, batch_size)
+        for user_id in (*user_ids, 2**63):
+            asked_for = part.asks_for(user_id, np.arange(20)).tolist()
+            assert asked_for == [(user_id, index) in wanted for index in range(20)]
+
+
+@pytest.mark.parametrize("num_shards", [2, 3, 5, 7, 8, 10, 16, 17, 64, 65])
+@pytest.mark.parametrize("batch_size", [16, 64])
+def test_the_batches_of_a_shard_are_full(num_shards, batch_size):
+    """Wherever a user has several batches in a shard, whatever divisors the two numbers have in common."""
+    num_images = 8 * batch_size * num_shards + 5
+    for number in {1, 2, num_shards}:
+        part = make_plan(range(1, 4), num_images, batch_size, shard=Shard(number, num_shards))
+        assert abs(part.num_items - 3 * num_images / num_shards) <= 3
+        assert len(part.batches) <= -(-part.num_items // batch_size) + 2
+
+
 # Plans on their way
 
 
@@ -101,11 +135,12 @@ def test_users_spread_evenly_over_the_rows(num_users, batch_size):
 @given(plans())
 def test_a_plan_arrives_as_it_was_sent(asked):
     user_ids, num_images, batch_size, done = asked
-    sent = make_plan(user_ids, num_images, batch_size, done)
+    sent = make_plan(user_ids, num_images, batch_size, done, Shard(2, 3))
     arrived = Plan.from_bytes(sent.to_bytes())
     assert arrived.user_ids == sent.user_ids
     assert arrived.num_images_per_user == sent.num_images_per_user
     assert arrived.batch_size == sent.batch_size
+    assert arrived.shard == sent.shard
     assert arrived.pending.dtype == np.bool_
     assert arrived.pending.tolist() == sent.pending.tolist()
     assert np.array_equal(arrived.batches, sent.batches)

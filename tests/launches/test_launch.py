@@ -50,10 +50,26 @@ def test_real_launches_make_the_same_bytes(config, num_processes, flags, referen
     assert last_run(tmp_path)["numerics"]["threads_per_process"] == 1
 
 
+def test_the_tasks_of_an_array_make_shards_that_the_command_joins(flags, reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "0")
+    for task in range(2):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        job = [*flags, "--shard", "auto", "--output_dir", tmp_path / f"shard_{task}"]
+        status, stdout, stderr = finish(launch(2, *job))
+        assert status == 0, stderr
+        assert f"Shard: {task + 1}/2 (SLURM_ARRAY_TASK_ID {task} of 2 from 0)" in stdout
+    command = [sys.executable, "-m", "userdiff", "merge", tmp_path / "shard_1", tmp_path / "shard_0"]
+    status, stdout, stderr = finish(start([*command, "--into", tmp_path / "dataset"]))
+    assert (status, "35 images" in stdout) == (0, True), stderr
+    assert tree(tmp_path / "dataset") == reference
+
+
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
         (["--seed", "minus one"], "--seed: 'minus one' is not a whole number"),  # found before torch is loaded
+        (["--shard", "auto"], "--shard: auto, but no array started this job"),
         (["--unet_path", "nowhere"], "--unet_path: nowhere does not exist"),  # found by every process
         (["--output_dir", "/proc/out"], "--output_dir: "),  # found by the main process alone
     ],

@@ -28,6 +28,7 @@ from tests.definitions import (
     manifest_of,
     name_of,
     record_of,
+    shard_of,
     write_dataset,
 )
 from tests.job.test_output_folder import mounted
@@ -173,6 +174,44 @@ def test_the_largest_number_asked_for_is_what_is_wanted_and_failures_that_nobody
     status = read_status(tmp_path / "C")
     assert (status.wanted, status.done, status.failed) == ({1: 4, 2: 4, 3: 4}, {1: 1, 2: 4, 3: 1}, {1: 1})
     assert history(tmp_path / "C")[-1]["failed"] == [[1, 1]]
+
+
+def shards(tmp_path, num_shards, batch_sizes, number=6):
+    """Finished shards of 1-2 x `number` images, one for each batch size."""
+    folders = []
+    for index, batch_size in enumerate(batch_sizes, 1):
+        items = [item for item in all_of([1, 2], number) if shard_of(*item, batch_size, num_shards) == index]
+        numerics = {**NUMERICS, "batch_size": batch_size}
+        started = f"2026-01-0{index}T00:00+00:00"
+        changes = {"shard": f"{index}/{num_shards}", "numerics": numerics, "started": started}
+        record = record_of(entry_of("1-2", number, **changes), numerics=numerics)
+        write_dataset(tmp_path / f"shard_{index}", images_of(items), record)
+        folders.append(tmp_path / f"shard_{index}")
+    return folders
+
+
+def test_joined_shards_are_the_whole_dataset_and_one_that_is_not_among_them_is_named(tmp_path, capsys):
+    folders = shards(tmp_path, 3, [4, 4, 4])
+    assert merge(folders[2], folders[0], "--into", tmp_path / "C") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("4 of those asked for are not there: ")
+    assert last.endswith("; no folder is of shard 2 of 3")
+    assert "shard" not in history(tmp_path / "C")[-1]
+    assert (read_status(tmp_path / "C").wanted, read_status(tmp_path / "C").shard) == ({1: 6, 2: 6}, None)
+    assert merge(folders[1], "--into", tmp_path / "C") == 0
+    assert "not there" not in capsys.readouterr().out
+    assert_is(tmp_path / "C", all_of([1, 2], 6))
+
+
+def test_shards_that_another_batch_size_cut_otherwise_are_named_where_images_are_missing(tmp_path, capsys):
+    folders = shards(tmp_path, 2, [4, 3])
+    assert merge(*folders, "--into", tmp_path / "C") == 0
+    said = capsys.readouterr()
+    assert f"Warning: batch_size is 4 in {folders[0]}, 3 in {folders[1]}; " in said.err
+    assert said.out.splitlines()[-1].endswith(
+        "; these are shards of different cuts, of 2 with --batch_size 3, of 2 with --batch_size 4, and images may be in none of "
+        "them"
+    )
 
 
 # What is believed

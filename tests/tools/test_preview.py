@@ -356,6 +356,7 @@ NO_TIME = "490 images, 2 processes, begun 2026-11-23 11:06 UTC"
         (record(entry(failed=FAILED)), {}, [FAILED_NOTICE]),
         (record(entry(failed=[[4, 0]])), {}, ["1 image failed in the last run: user 4: 0"]),
         (record(entry(failed=[[2, 1]])), {}, []),  # made since
+        (record(entry(shard="2/7")), {"Asked for last": "users 1-5, 100 images each, of which shard 2/7"}, []),
         (record(UNDER_WAY), {}, ["The last run is under way, or was killed."]),
         (record(ENDED_BADLY), {}, ["The last run did not come to its end: failed."]),
     ],

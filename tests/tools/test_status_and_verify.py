@@ -26,6 +26,7 @@ from tests.definitions import (
     name_of,
     png_of,
     record_of,
+    shard_of,
     write_dataset,
 )
 from tests.jobs import ROOT
@@ -63,6 +64,39 @@ def test_what_lies_beyond_the_last_request_is_counted(out):
     change_entry(out, user_ids="2", num_images_per_user=2)
     status = read_status(out)
     assert (status.state, status.wanted, status.done, status.beyond) == ("complete", {2: 2}, {2: 2}, 4)
+
+
+SHARE = [item for item in IMAGES if shard_of(*item, 4, 2) == 2]
+
+
+@pytest.fixture
+def half(tmp_path):
+    """A finished shard, 2/2, of three images of users 1 and 2."""
+    return write_dataset(tmp_path / "half", images_of(SHARE), record_of(entry_of(shard="2/2")))
+
+
+def test_a_shard_is_complete_with_its_share(half, capsys):
+    status = read_status(half)
+    assert (status.state, status.shard, status.beyond) == ("complete", "2/2", 0)
+    assert status.wanted == status.done == {1: 2, 2: 1}
+    write_dataset(half, {**images_of(SHARE), (1, 1): IMAGES[1, 1]}, record_of(entry_of(shard="2/2")))
+    (half / name_of(1, 2)).unlink()
+    status = read_status(half)
+    assert (status.state, status.wanted, status.done, status.beyond) == ("incomplete", {1: 2, 2: 1}, {1: 1, 2: 1}, 1)
+    assert main(["status", str(half)]) == 0
+    assert capsys.readouterr().out.startswith(f"{half}: incomplete, shard 2/2\n")
+
+
+def test_verify_misses_what_is_of_the_shard_alone(half):
+    assert verify(half, deep=True) == []
+    interrupt(half, rows_left=1)
+    (half / name_of(1, 1)).write_bytes(IMAGES[1, 1])  # of the other shard: it makes up for nothing
+    assert [problem for problem in verify(half) if problem.kind == "missing"] == [
+        Problem("missing", "user_01", "1 of 2 images of shard 2/2 are not there"),
+        Problem("missing", "user_02", "1 of 1 images of shard 2/2 are not there"),
+    ]
+    (half / name_of(2, SHARE[-1][1])).write_bytes(IMAGES[SHARE[-1]])
+    assert [problem.name for problem in verify(half) if problem.kind == "missing"] == ["user_01"]
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,22 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from userdiff.dataset.atomic import publish
 from userdiff.dataset.files import open_file, read_file
 from userdiff.dataset.layout import RECORD_NAME
 from userdiff.identity import differences, identity_hash
 from userdiff.seeds import Item
+from userdiff.shard import WHOLE, Shard
 from userdiff.shutdown import Stopped
 from userdiff.text import id_range
 
 NUMERICS_DEFAULTS = {"png_compress_level": 6}
 """Values for records from before these were noted."""
 MAX_BYTES = 2**27  # of a record: four million failed images
+_LEFT_OUT = ("joined", "launch", "shard")  # of an entry, where they are None
 _START = b'{\n  "run": "'
 _START_BYTES = 2**14
 _ODD = (ValueError, LookupError, TypeError, AttributeError, OverflowError, argparse.ArgumentTypeError)
@@ -41,6 +46,8 @@ class RunEntry:
     """The names of the folders that a merge joined."""
     launch: str | None = None
     """What tells the launch from any other, where its launcher may restart the processes."""
+    shard: str | None = None
+    """`2/7`: the run was asked for this shard alone of these users and images, cut for the batch size in `numerics`."""
     num_processes: int
     user_ids: str
     """The users that were asked for, as `--user_ids` has them: `1-3 5`."""
@@ -55,7 +62,7 @@ class RunEntry:
         """Raise one of _ODD for values that no run writes."""
         kinds: list[tuple[Any, list[object]]] = [
             (str, [self.started, self.state, self.user_ids]),
-            ((str, NoneType), [self.ended, self.cause, self.launch]),
+            ((str, NoneType), [self.ended, self.cause, self.launch, self.shard]),
             ((list, NoneType), [self.joined]),
             (dict, [self.numerics]),
             (list, [self.failed]),
@@ -66,6 +73,9 @@ class RunEntry:
             if type(number) is not int or not 0 <= number <= 2**64:
                 raise TypeError(self)
         self.failed = [(int(user_id), int(image_index)) for user_id, image_index in self.failed]
+        batch_size = self.numerics["batch_size"] if self.shard_of_all() != WHOLE else 1
+        if type(batch_size) is not int or not 1 <= batch_size <= 2**16:
+            raise TypeError(self)
         self.id_ranges()
         self.seconds(datetime.now(timezone.utc))
 
@@ -73,9 +83,24 @@ class RunEntry:
         """Return the users that were asked for."""
         return list(map(id_range, self.user_ids.split()))
 
+    def shard_of_all(self) -> Shard:
+        """Return the shard that was asked for."""
+        return WHOLE if self.shard is None else Shard.parse(self.shard)
+
     def wanted(self) -> dict[int, int]:
-        """Return what was asked for: user id -> images."""
-        return dict.fromkeys(chain.from_iterable(self.id_ranges()), self.num_images_per_user)
+        """Return what was asked for: user id -> images, of the run's shard."""
+        shard, number = self.shard_of_all(), self.num_images_per_user
+        user_ids = chain.from_iterable(self.id_ranges())
+        if shard == WHOLE:
+            return dict.fromkeys(user_ids, number)
+        return {user_id: shard.num_images(user_id, number, self.numerics["batch_size"]) for user_id in user_ids}
+
+    def asks_for(self, user_id: int, image_indices: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Return which images of a user, one of `wanted`, were asked for: [number] image indices -> [number]."""
+        shard, are_first = self.shard_of_all(), image_indices < self.num_images_per_user
+        if shard == WHOLE:
+            return are_first
+        return are_first & shard.takes(user_id, image_indices, self.numerics["batch_size"])
 
     def seconds(self, now: datetime | None = None) -> float | None:
         """Return how long the run took, until `now` if it has not ended; None where that cannot be told.
@@ -88,8 +113,7 @@ class RunEntry:
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as `run.json` has it."""
-        left_out = [("joined", None), ("launch", None)]
-        return {name: value for name, value in asdict(self).items() if (name, value) not in left_out}
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in _LEFT_OUT}
 
 
 @dataclass(kw_only=True)

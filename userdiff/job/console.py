@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from userdiff.config import JobConfig
@@ -20,6 +21,7 @@ from userdiff.job import progress
 from userdiff.job.plan import Plan
 from userdiff.job.store import Coordinator
 from userdiff.seeds import Item
+from userdiff.shard import WHOLE
 from userdiff.shutdown import Halted
 from userdiff.text import count, format_ids, listed, printable
 
@@ -63,13 +65,15 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
     precision = model.identity.get("mixed_precision", "float32")
     device = f"the CPU ({model.device_name})" if model.device.type == "cpu" else model.device_name
     write(f"Output: {config.output_dir}; made on {device} in {precision}")
+    of_shard = "" if plan.shard == WHOLE else f"shard {plan.shard} of "
     write(
-        f"Plan: {count(plan.num_items, 'image')} ({count(len(plan.user_ids), 'user')} x {plan.num_images_per_user}), "
+        f"Plan: {count(plan.num_items, 'image')} ({of_shard}{count(len(plan.user_ids), 'user')} x {plan.num_images_per_user}), "
         f"{plan.num_done} already there, {plan.num_pending} to make in "
         f"{count(len(plan.batches), 'batch', 'batches')} of {plan.batch_size} "
         f"by {count(num_processes, 'process', 'processes')} on {model.device.type}"
     )
-    if plan.num_items < plan.batch_size and config.batch_size is None and not found.rows:
+    is_small = plan.num_items < plan.batch_size and plan.shard == WHOLE  # all shards have to be cut for one batch size
+    if is_small and config.batch_size is None and not found.rows:
         write(
             f"Note: {count(plan.num_items, 'image')} in batches of {plan.batch_size}; --batch_size {plan.num_items} would do"
         )
@@ -162,17 +166,13 @@ def _warn_of_random_conditioning(config: JobConfig, model: JobModel) -> None:
 
 def _write_beyond(plan: Plan, found: Finished) -> None:
     """Print what is there beyond the request, and what was there and is not any longer."""
-    asked_for = set(plan.user_ids)
-
-    def is_beyond(user_id: int, image_index: int) -> bool:
-        return user_id not in asked_for or image_index >= plan.num_images_per_user
-
     if num_beyond := len(found.rows) - plan.num_done:
-        last_images = {user_id: int(indices[-1]) for user_id, indices in found.rows.image_indices().items()}
-        users = format_ids(user_id for user_id, last in last_images.items() if is_beyond(user_id, last))
+        there = found.rows.image_indices().items()
+        users = format_ids(user_id for user_id, indices in there if not plan.asks_for(user_id, indices).all())
         write(f"Beyond this request: {count(num_beyond, 'image')} of users {users} are there too, and stay")
-    beyond = [item for item in found.lost if is_beyond(*item)]
-    again = [item for item in found.lost if not is_beyond(*item)]
+    again = [(user_id, index) for user_id, index in found.lost if plan.asks_for(user_id, np.array([index]))]
+    made_again = set(again)
+    beyond = [item for item in found.lost if item not in made_again]
     _write_images("Warning", beyond, "beyond this request and missing or damaged")
     _write_images("Note", again, "missing or damaged and made again")
 
@@ -239,8 +239,9 @@ def conclude(config: JobConfig, model: JobModel, plan: Plan, coordinator: Coordi
     """Print what came of the run, whose entry in the record's history this is, and where to look."""
     seconds = entry.seconds() or 0
     rate = f" in {tqdm.format_interval(seconds)}, {entry.published / seconds:.2f} images/s" if seconds else ""
+    of_shard = f" of shard {entry.shard}" if entry.shard else ""
     write(
-        f"Done: {plan.num_items - len(entry.failed)} of {count(plan.num_items, 'image')} in {config.output_dir}, "
+        f"Done: {plan.num_items - len(entry.failed)} of {count(plan.num_items, 'image')}{of_shard} in {config.output_dir}, "
         f"{entry.published} of them made now{rate if entry.published else ''}"
     )
     not_finite = set(coordinator.reported("failed"))

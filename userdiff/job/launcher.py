@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from userdiff.config import UsageError
+from userdiff.config import JobConfig, UsageError, errors_of
+from userdiff.shard import WHOLE, Shard
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -103,6 +104,53 @@ def wants_gpus() -> bool:
     """
     is_half = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") in ("bf16", "fp16")
     return is_half or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "false"
+
+
+def shard_of(config: JobConfig) -> tuple[Shard, str]:
+    """Return the shard that this job makes, and for `--shard auto` what in the environment says so.
+
+    With --num_shards tasks count from 0, so that the same shards are made when some of the tasks are queued again. Raises
+    UsageError outside an array, and where its tasks do not say how many shards there are.
+    """
+    if config.shard is None:
+        return WHOLE, ""
+    if config.shard != "auto":
+        return Shard.parse(config.shard), ""
+    num_shards = config.num_shards
+    is_slurm = bool(os.environ.get("SLURM_ARRAY_TASK_ID"))
+    name = "SLURM_ARRAY_TASK_ID" if is_slurm else "JOB_COMPLETION_INDEX"
+    if not os.environ.get(name):
+        raise UsageError(
+            "--shard: auto, but no array started this job: neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX is in the "
+            "environment; --shard I/N says it without"
+        )
+    index = _array_number(name)
+    if num_shards is not None:
+        last_name = "SLURM_ARRAY_TASK_MAX" if is_slurm and os.environ.get("SLURM_ARRAY_TASK_MAX") else name
+        if max(index, _array_number(last_name)) >= num_shards:
+            way = f"--array=0-{num_shards - 1}" if is_slurm else "the completions of the Job"
+            raise UsageError(
+                f"--num_shards: {num_shards}, but {last_name} is {_array_number(last_name)}, tasks count from 0; needed: {way}"
+            )
+        return Shard(index + 1, num_shards), f"{name} {index} of {num_shards} from 0"
+    if not is_slurm:
+        raise UsageError(f"--num_shards: missing, {name} does not say of how many; needed: the completions of the Job")
+    number, first = _array_number("SLURM_ARRAY_TASK_COUNT"), _array_number("SLURM_ARRAY_TASK_MIN")
+    last = _array_number("SLURM_ARRAY_TASK_MAX") if os.environ.get("SLURM_ARRAY_TASK_MAX") else first + number - 1
+    if last - first + 1 != number or not first <= index <= last:
+        raise UsageError(
+            f"--shard: auto, but the Slurm array has {number} of the tasks {first} to {last}; --num_shards N says how many shards "
+            "there are, and task 0 makes the first"
+        )
+    with errors_of("--shard"):
+        return Shard(index - first + 1, number), f"{name} {index} of {number} from {first}"
+
+
+def _array_number(name: str) -> int:
+    value = os.environ.get(name, "")
+    if not value.isdecimal() or len(value) > 18:
+        raise UsageError(f"--shard: auto, but {name} is {value!r}, needed: a number; --shard I/N says it without")
+    return int(value)
 
 
 # The store -----------------------------------------------------------------------------------------------------------

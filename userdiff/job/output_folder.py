@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from userdiff.job import shared_folder
 from userdiff.job.plan import Plan
 from userdiff.job.store import Coordinator
 from userdiff.seeds import Item
+from userdiff.shard import WHOLE, Shard
 from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
 from userdiff.text import format_ids, refusal
 
@@ -220,6 +222,28 @@ def refuse_foreign_images(config: JobConfig, model: JobModel, foreign: Collectio
             )
 
 
+def refuse_other_shard(config: JobConfig, record: RunRecord, shard: Shard, batch_size: int) -> None:
+    """Raise UsageError where a folder that holds images was made as another shard than this one, or cut otherwise.
+
+    Without --shard, any folder may become the whole dataset, and after that be this shard's again.
+    """
+    if shard == WHOLE or not record.history:
+        return
+    runs = takewhile(lambda entry: entry.joined is None, reversed(record.history))  # a joined dataset is none's
+    if not any(entry.shard_of_all() == shard for entry in runs):
+        before = record.history[-1].shard
+        what, way = (f"as shard {before}", f"--shard {before}") if before else ("without --shard", "no --shard")
+        raise UsageError(
+            f"--shard: {shard}, but {config.output_dir} was made {what}; needed: a folder of its own for each shard; {way} goes "
+            "on here" + ", and no --shard makes it the whole dataset" * bool(before)
+        )
+    if (begun := record.numerics["batch_size"]) != batch_size:
+        raise UsageError(
+            f"--batch_size: {batch_size} cuts other shards than {begun}, with which {config.output_dir} was begun; --batch_size "
+            f"{begun} keeps it, needed: one for all shards"
+        )
+
+
 def _remove(output_dir: Path, own: Collection[Item], shutdown: Shutdown) -> Path | None:
     """Remove these images and what else jobs wrote, and nothing besides; returns what `keep_edited` does."""
     shutdown.check()  # also where there is no image
@@ -254,6 +278,7 @@ def history_entry(
     """
     entry = RunEntry(
         started=now(),
+        shard=None if plan.shard == WHOLE else str(plan.shard),
         num_processes=coordinator.num_processes,
         user_ids=format_ids(plan.user_ids),
         num_images_per_user=plan.num_images_per_user,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from userdiff.seeds import slots
+from userdiff.shard import WHOLE, Shard
 
 PADDING = -1  # stands for a row of a batch that no image takes
 
@@ -28,12 +29,20 @@ class Plan:
     batch_size: int
     """Rows of every forward pass; those without an image are padding."""
     pending: NDArray[np.bool_]
-    """[num_items] whether an item is still to be made."""
+    """[users * images of each] whether an item is of this shard and still to be made."""
+    shard: Shard = WHOLE
+    """That of this run, whose images alone are asked for."""
 
-    @property
+    @cached_property
+    def wanted(self) -> dict[int, int]:
+        """The number of images that are asked for: user id -> images."""
+        number, batch_size = self.num_images_per_user, self.batch_size
+        return {user_id: self.shard.num_images(user_id, number, batch_size) for user_id in self.user_ids}
+
+    @cached_property
     def num_items(self) -> int:
         """The number of images that are asked for, made or not."""
-        return len(self.user_ids) * self.num_images_per_user
+        return sum(self.wanted.values())
 
     @cached_property
     def num_pending(self) -> int:
@@ -49,6 +58,13 @@ class Plan:
         """Return the (user_id, image_index) of an item number."""
         user, image_index = divmod(int(number), self.num_images_per_user)
         return self.user_ids[user], image_index
+
+    def asks_for(self, user_id: int, image_indices: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Return which of a user's images are asked for: [number] image indices -> [number]."""
+        if user_id not in self.wanted:
+            return np.zeros(len(image_indices), bool)
+        is_in = self.shard.takes(user_id, image_indices, self.batch_size)
+        return is_in & (image_indices < self.num_images_per_user)
 
     @cached_property
     def batches(self) -> NDArray[np.int64]:
@@ -73,20 +89,21 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """Pack the plan for the store: a bit an item, compressed."""
-        header = json.dumps([self.user_ids, self.num_images_per_user, self.batch_size])
+        header = json.dumps([self.user_ids, self.num_images_per_user, self.batch_size, str(self.shard)])
         return header.encode() + b"\n" + zlib.compress(np.packbits(self.pending).tobytes())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Plan":
         """Unpack what `to_bytes` packed."""
         header, _, bits = data.partition(b"\n")
-        user_ids, num_images_per_user, batch_size = json.loads(header)
+        user_ids, num_images_per_user, batch_size, shard = json.loads(header)
         packed = np.frombuffer(zlib.decompress(bits), dtype=np.uint8)
         return cls(
             user_ids=tuple(user_ids),
             num_images_per_user=num_images_per_user,
             batch_size=batch_size,
             pending=np.unpackbits(packed, count=len(user_ids) * num_images_per_user).astype(bool),
+            shard=Shard.parse(shard),
         )
 
 
@@ -95,13 +112,21 @@ def make_plan(
     num_images_per_user: int,
     batch_size: int,
     done: Mapping[int, Sequence[int] | NDArray[np.integer]] = MappingProxyType({}),
+    shard: Shard = WHOLE,
 ) -> Plan:
-    """Plan `num_images_per_user` images for each user, without those done: user id -> [number] image indices."""
+    """Plan a shard of `num_images_per_user` images for each user, without those done: user id -> [number] image indices."""
     ascending = tuple(sorted(user_ids))
     pending = np.ones((len(ascending), num_images_per_user), dtype=bool)
+    image_indices = np.arange(0 if shard == WHOLE else num_images_per_user)
     for number, user_id in enumerate(ascending):
+        if shard != WHOLE:
+            pending[number] = shard.takes(user_id, image_indices, batch_size)
         made = np.asarray(done.get(user_id, ()), dtype=np.uint32)
         pending[number, made[made < num_images_per_user]] = False
     return Plan(
-        user_ids=ascending, num_images_per_user=num_images_per_user, batch_size=batch_size, pending=pending.ravel()
+        user_ids=ascending,
+        num_images_per_user=num_images_per_user,
+        batch_size=batch_size,
+        pending=pending.ravel(),
+        shard=shard,
     )

@@ -65,6 +65,7 @@ def run(config: JobConfig, shutdown: Shutdown) -> int:
     job.
     """
     launcher.check_environment()
+    launcher.shard_of(config)  # one that cannot be told is refused before models are loaded
     device = choose_device(config.device)
     with store.connect(shutdown, console.warn) as coordinator:
         if not config.dry_run:
@@ -194,7 +195,7 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
         # Prepare the folder. The manifest takes in the rows of an interrupted run's parts.
         remove_temporaries(output_dir)
         with errors_of("--output_dir"):
-            for user_id in plan.user_ids:
+            for user_id in (user_id for user_id, number in plan.wanted.items() if number):
                 (output_dir / layout.file_name(user_id, 0)).parent.mkdir(exist_ok=True)
         if opened.edited_manifest:
             console.say_kept(opened.edited_manifest)
@@ -213,7 +214,9 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
             entry.published = coordinator.published()[0]
             # Find out what is there in the end; do not assume it.
             found = find_finished(output_dir, recipe, record.manifest_sha256, trust_parts=True)
-            missing = make_plan(plan.user_ids, plan.num_images_per_user, plan.batch_size, found.rows.image_indices())
+            missing = make_plan(
+                plan.user_ids, plan.num_images_per_user, plan.batch_size, found.rows.image_indices(), plan.shard
+            )
             rows = found.rows_to_keep()
             record.manifest_sha256 = write_manifest(output_dir, rows, console.say_kept)
             entry.failed = [missing.item(number) for number in missing.pending.nonzero()[0].tolist()]
@@ -270,7 +273,10 @@ def _plan(
     batch_size, compress_level = config.batch_size_and_level(record.numerics, model.device.type)
     numerics = numerics_of(config, model, batch_size, compress_level)
     users = config.user_ids or model.user_index
-    plan = make_plan(users, config.num_images_per_user, batch_size, found.rows.image_indices())
+    shard, said = launcher.shard_of(config)
+    if found.rows:
+        output_folder.refuse_other_shard(config, record, shard, batch_size)
+    plan = make_plan(users, config.num_images_per_user, batch_size, found.rows.image_indices(), shard)
     if not (record.numerics and found.rows):
         record.numerics = numerics
     for name, before, after in changed_numerics(record.numerics, numerics):
@@ -278,6 +284,8 @@ def _plan(
         console.warn(
             f"{name} was {before} when this folder was begun, is {after}; new images may differ in last bits{remedy}"
         )
+    if said:
+        console.write(f"Shard: {shard} ({said})")
     console.announce(config, model, plan, coordinator.num_processes, found)
     if record.manifest_sha256 and not found.has_manifest:
         what = "not as it was published" if (output_dir / layout.MANIFEST_NAME).exists() else "gone"

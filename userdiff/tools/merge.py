@@ -65,6 +65,8 @@ class Joined:
     """Wanted images that are not there; wanted are all users of the last runs, each with the largest number."""
     left_out: dict[Path, list[Item]]
     """Folder -> its images that are missing, damaged or of another run, and that no other folder has."""
+    shards: str
+    """What the folders lack as shards of one dataset; may be empty."""
     numerics: list[str]
     """The numerics in which the folders differ, a text each."""
 
@@ -128,7 +130,7 @@ def merge_into(
             at_end = find_finished(into, recipe, run_record.manifest_sha256, trust_parts=True)
             rows = at_end.rows
             entry.failed = [item for item in entry.failed if not rows.of_image(*item)]
-            num_missing = sum(entry.wanted().values()) - sum(num_of_wanted(rows, entry.wanted()).values())
+            num_missing = sum(entry.wanted().values()) - sum(num_of_wanted(rows, entry).values())
             num_images = len(rows)
             run_record.manifest_sha256 = write_manifest(into, at_end.rows_to_keep(), on_edited)
             page = preview_page(into, rows, run_record, ended=datetime.now(timezone.utc))
@@ -140,6 +142,7 @@ def merge_into(
         num_copied=ways["copied"],
         num_missing=num_missing,
         left_out={path: items for path, items in left_out.items() if items},
+        shards=_missing_shards(history),
         numerics=_different_numerics(records),
     )
 
@@ -270,6 +273,22 @@ def _different_numerics(records: Mapping[Path, RunRecord]) -> list[str]:
             more = {value: f" and {len(paths) - 1} more" * (len(paths) > 1) for value, paths in holders.items()}
             texts.append(f"{name} is " + ", ".join(f"{v} in {paths[0]}{more[v]}" for v, paths in holders.items()))
     return texts
+
+
+def _missing_shards(history: Sequence[RunEntry]) -> str:
+    """Return which shards no run was asked for, or that shards were cut otherwise than others; empty where all is well."""
+    cuts: dict[tuple[int, int], set[int]] = {}
+    for entry in history:
+        if entry.shard:
+            shard = entry.shard_of_all()
+            cuts.setdefault((shard.count, entry.numerics["batch_size"]), set()).add(shard.number)
+    if len(cuts) > 1:
+        texts = [f"{num_shards} with --batch_size {batch_size}" for num_shards, batch_size in sorted(cuts)]
+        return f"these are shards of different cuts, of {', of '.join(texts)}, and images may be in none of them"
+    for (num_shards, _), there in cuts.items():
+        if absent := set(range(1, num_shards + 1)) - there:
+            return f"no folder is of shard {format_ids(absent)} of {num_shards}"
+    return ""
 
 
 # The joined dataset's record -----------------------------------------------------------------------------------------

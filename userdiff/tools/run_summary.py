@@ -59,7 +59,8 @@ def run_summary(run_record: RunRecord, ended: datetime | None = None) -> Iterato
         ),
     }
     if entry:
-        values["Asked for last"] = f"users {entry.user_ids}, {count(entry.num_images_per_user, 'image')} each"
+        of_shard = f", of which shard {entry.shard}" if entry.shard else ""
+        values["Asked for last"] = f"users {entry.user_ids}, {count(entry.num_images_per_user, 'image')} each{of_shard}"
         values["Last run"] = _course(entry, ended)
     values |= {"Runs": str(len(run_record.history)), "Identity": run_record.run[:_HASH_CHARS]}
     yield from ((name, _cut(value)) for name, value in values.items() if value)

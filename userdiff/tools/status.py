@@ -40,6 +40,8 @@ class Status:
     """User id -> how many of the others the last run could not make."""
     beyond: int
     """Images that are there and were not asked for by the last run."""
+    shard: str | None
+    """`2/7`, where the last run was asked for this shard alone."""
     unrecorded: int
     """Files under an image's name without a row; their rows may be on the way while a job runs."""
 
@@ -62,9 +64,11 @@ def best_rows(output_dir: Path, recipe: Recipe | None) -> Rows:
     return rows.keep_best()
 
 
-def num_of_wanted(rows: Rows, wanted: dict[int, int]) -> dict[int, int]:
-    """Return how many of the wanted images have a row: user id -> number."""
-    return {user_id: int((rows.of_user(user_id)["image_index"] < number).sum()) for user_id, number in wanted.items()}
+def num_of_wanted(rows: Rows, entry: RunEntry) -> dict[int, int]:
+    """Return how many of the images that a run was asked for have a row: user id -> number."""
+    return {
+        user_id: int(entry.asks_for(user_id, rows.of_user(user_id)["image_index"]).sum()) for user_id in entry.wanted()
+    }
 
 
 def read_status(output_dir: Path) -> Status:
@@ -83,7 +87,7 @@ def _status(output_dir: Path, run_record: RunRecord) -> Status:
     folders = list(user_folders(output_dir))
     unrecorded = sum(len(folder.without_row(rows)) for folder in folders)
     rows.keep(have_files(folders, rows))
-    done = num_of_wanted(rows, wanted)
+    done = num_of_wanted(rows, entry) if entry else {}
     failed = Counter(item[0] for item in (entry.failed if entry else ()) if not rows.of_image(*item))
     state, detail = state_of(output_dir, entry, is_complete=sum(done.values()) == sum(wanted.values()))
     return Status(
@@ -93,6 +97,7 @@ def _status(output_dir: Path, run_record: RunRecord) -> Status:
         done=done,
         failed=failed,
         beyond=len(rows) - sum(done.values()),
+        shard=entry.shard if entry else None,
         unrecorded=unrecorded,
     )
 
@@ -117,7 +122,8 @@ def state_of(output_dir: Path, entry: RunEntry | None, *, is_complete: bool) -> 
 def status_lines(output_dir: Path) -> Iterator[str]:
     """Yield what `userdiff status` prints; raises ValueError where there is no dataset."""
     found = read_status(output_dir)
-    yield f"{output_dir}: {found.state}{f' ({found.detail})' if found.detail else ''}"
+    of_shard = f", shard {found.shard}" if found.shard else ""
+    yield f"{output_dir}: {found.state}{f' ({found.detail})' if found.detail else ''}{of_shard}"
     yield f"{'user':>8} {'done':>8} {'missing':>8} {'failed':>8}"
     lines = [
         (user_id, found.done[user_id], wanted - found.done[user_id], found.failed.get(user_id, 0))

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from userdiff.dataset import layout
 from userdiff.dataset.locks import lock_holder
 from userdiff.dataset.manifest import manifest_sha256
 from userdiff.dataset.png import RUN_CHUNK, decode_png, read_png
 from userdiff.dataset.recipe import Recipe
 from userdiff.dataset.rows import Row, Rows, as_rows
-from userdiff.dataset.run_record import RunRecord
+from userdiff.dataset.run_record import RunEntry, RunRecord
 from userdiff.dataset.scan import Track, foreign_names, have_files, read_all, untracked, user_folders
 from userdiff.text import count, refusal
 from userdiff.tools.status import best_rows, num_of_wanted, state_of
@@ -71,7 +73,7 @@ def verify(output_dir: Path, *, deep: bool = False, track: Track = untracked) ->
     found = read_all(lambda row: _problem(output_dir, row, deep=deep), suspects)
     problems += [problem for problem in track(found, len(suspects)) if problem]
     if run_record and run_record.last:
-        problems += _missing(rows, unrecorded, run_record.last.wanted())
+        problems += _missing(rows, unrecorded, run_record.last)
     return sorted(problems)
 
 
@@ -161,13 +163,14 @@ def _unreadable(name: str, error: OSError) -> Problem | None:
     return None if error.errno is None else Problem("unreadable", name, refusal(error).partition(" (")[0])
 
 
-def _missing(rows: Rows, unrecorded: Mapping[int, list[int]], wanted: dict[int, int]) -> Iterator[Problem]:
-    """Yield a problem for each user with wanted images that have neither a row nor a file."""
-    known = num_of_wanted(rows, wanted)
-    for user_id, number in wanted.items():
-        num_known = known[user_id] + sum(index < number for index in unrecorded.get(user_id, ()))
+def _missing(rows: Rows, unrecorded: Mapping[int, list[int]], entry: RunEntry) -> Iterator[Problem]:
+    """Yield a problem for each user with images that a run was asked for and that have neither a row nor a file."""
+    known = num_of_wanted(rows, entry)
+    of_shard = f" of shard {entry.shard}" if entry.shard else ""
+    for user_id, number in entry.wanted().items():
+        num_known = known[user_id] + int(entry.asks_for(user_id, np.array(unrecorded.get(user_id, []), np.int64)).sum())
         if num_known < number:
-            what = f"{number - num_known} of {number} images are not there"
+            what = f"{number - num_known} of {number} images{of_shard} are not there"
             yield Problem("missing", f"user_{user_id:02d}", what)
 
 
