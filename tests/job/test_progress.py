@@ -106,4 +106,4 @@ def test_what_takes_long_is_said_once(monkeypatch, capsys):
         with progress.said_if_slow("Loading ...", is_main_process):
             time.sleep(seconds)
     time.sleep(0.2)
-    assert capsys.readouterr().err == "Loading ...\n"
+    assert capsys.readouterr() == ("Loading ...\n", "")

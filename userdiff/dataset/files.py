@@ -36,4 +36,4 @@ def check_regular(descriptor: int, path: Path) -> None:
     if stat.S_ISDIR(kind):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(kind):
-        raise OSError(errno.ENOTSUP, "not a regular file", str(path))
+        raise OSError(errno.ENOTSUP, "not a regular file, move it away", str(path))

@@ -45,6 +45,11 @@ def format_bytes(number: float) -> str:
     return f"{tqdm.format_sizeof(number, divisor=1000)}B"
 
 
+def note(line: str) -> None:
+    """Print what may pass by itself. Not on stderr: there, a refusal is the only line."""
+    write(f"Note: {line}")
+
+
 def say_kept(manifest: Path) -> None:
     """Print where a manifest is kept that somebody had added to."""
     write(f"Note: somebody had added to {MANIFEST_NAME}; that is kept as {manifest}")

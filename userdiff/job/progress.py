@@ -13,7 +13,7 @@ from userdiff.text import printable
 
 _TERMINAL_SECONDS = 0.2
 _LOG_SECONDS = 30.0
-_SLOW_SECONDS = 5.0
+_SLOW_SECONDS = 8.0
 
 T = TypeVar("T")
 
@@ -30,12 +30,15 @@ def unheard(stream: TextIO) -> Iterator[None]:
 
 @contextmanager
 def said_if_slow(what: str, is_main_process: bool) -> Iterator[None]:
-    """Print on stderr, once for all processes, what is being done where this block takes longer than _SLOW_SECONDS."""
+    """Print, once for all processes, what is being done where this block takes longer than _SLOW_SECONDS.
+
+    Not on stderr: there, a refusal is the only line.
+    """
 
     def say() -> None:
         if is_main_process:
-            with unheard(sys.stderr):
-                tqdm.write(printable(what), file=sys.stderr)
+            with unheard(sys.stdout):
+                tqdm.write(printable(what), file=sys.stdout)
 
     timer = Timer(_SLOW_SECONDS, say)
     timer.daemon = True

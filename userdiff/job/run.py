@@ -67,7 +67,7 @@ def run(config: JobConfig, shutdown: Shutdown) -> int:
     launcher.check_environment()
     launcher.shard_of(config)  # one that cannot be told is refused before models are loaded
     device = choose_device(config.device)
-    with store.connect(shutdown, console.warn) as coordinator:
+    with store.connect(shutdown, console.note) as coordinator:
         if not config.dry_run:
             shared_folder.look_meanwhile(config.output_dir, coordinator)
         set_kernels(config.allow_tf32)
