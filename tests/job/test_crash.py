@@ -132,7 +132,7 @@ def test_killed_again_and_again_one_change_further_each_time(job, undisturbed, d
 
 def test_a_merge_killed_at_any_change_is_made_up_for(job, undisturbed, death, tmp_path):
     begun = tmp_path / "begun"
-    with death(begun, 20):
+    with death(begun, 25):
         job(begun)
     gc.collect()
     assert list(begun.glob("manifest.part-*"))

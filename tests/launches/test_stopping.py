@@ -191,7 +191,8 @@ def test_the_others_stop_when_one_process_fails_and_one_cause_is_told(flags, tmp
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_takes_nobody_long_and_the_main_process_speaks_once(flags, tmp_path, killed):
     job = Job(launch(3, *flags, "--num_images_per_user", 2000, "--output_dir", tmp_path))
-    wait_for(lambda: len(images_in(tmp_path)) >= 4)
+    wait_for(lambda: len(images_in(tmp_path)) >= 4 and len(list(tmp_path.glob("manifest.part-*"))) == 3)
+    time.sleep(2)  # for the main process to have heard of all of them
     family = job.family()
     mark = f"\0RANK={killed}\0".encode()
     send([next(pid for pid in family if mark in Path(f"/proc/{pid}/environ").read_bytes())], signal.SIGKILL)
@@ -219,9 +220,7 @@ def test_a_launcher_that_is_stopped_is_waited_for_and_the_job_goes_on_with_it(fl
     family = job.family()
     job.process.send_signal(signal.SIGSTOP)
     try:
-        time.sleep(
-            20
-        )  # four times as long as one that does not answer gets, and longer than torch waits in its own store
+        time.sleep(20)  # four times as long as one that does not answer gets, and longer than torch's store waits
         assert last_run(out)["state"] == "running"
         job.process.send_signal(signal.SIGCONT)
         assert job.wait(120, family)
