@@ -70,12 +70,12 @@ class Job:
 
     def __init__(self, process: subprocess.Popen) -> None:
         self.process = process
-        self.stderr = ""
+        self.stdout = self.stderr = ""
         self._reader = Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        self.stderr = self.process.communicate()[1]  # until all who can write to it have gone
+        self.stdout, self.stderr = self.process.communicate()  # until all who can write to it have gone
 
     def is_running(self) -> bool:
         return self.process.poll() is None

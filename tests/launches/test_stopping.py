@@ -227,7 +227,7 @@ def test_a_launcher_that_is_stopped_is_waited_for_and_the_job_goes_on_with_it(fl
     finally:
         job.end(family)
     pid = job.process.pid
-    assert job.stderr.count(f", as long as process {pid} is stopped; fg, or kill -CONT {pid}, goes on\n") == 1
+    assert job.stdout.count(f", as long as process {pid} is stopped; fg, or kill -CONT {pid}, goes on\n") == 1
     assert job.process.returncode == 0
     assert last_run(out)["published"] == 2000
 
