@@ -15,8 +15,8 @@ _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 def publish(path: Path, data: bytes | Iterable[bytes], *, sync: bool = False) -> None:
     """Write `data`, or its pieces, to `path`: a reader sees either all of it or what was there before.
 
-    With `sync`, that holds after a power cut too, on a file system that knows of it. The temporary file is in the same folder, so that the rename stays within
-    one file system, and has the permissions of the user's umask.
+    With `sync`, that holds after a power cut too, unless the file system has no fsync. The temporary file is in the same
+    folder, so that the rename stays within one file system, and has the permissions of the user's umask.
     """
     temporary = temporary_path(path)
     try:

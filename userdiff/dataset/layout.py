@@ -68,7 +68,8 @@ def parse_image(name: str) -> int | None:
 
 def user_folders(output_dir: Path) -> list[Path]:
     """Return the users' folders, sorted by name."""
-    return [path for path in entries(output_dir) if is_user_folder(path.name) and os.path.isdir(path)]  # noqa: PTH112 - Path.is_dir raises where it may not look
+    named = [path for path in entries(output_dir) if is_user_folder(path.name)]
+    return [path for path in named if os.path.isdir(path)]  # noqa: PTH112 - Path.is_dir raises where it may not look
 
 
 def entries(folder: Path) -> list[Path]:

@@ -139,7 +139,7 @@ def find_finished(
 
     An image is finished if a row of the recipe that is to be trusted (see `recorded_rows`) has a file of its size. Any
     other file is read: it is finished if it has the size and hash that some row claims, or if it decodes and carries the
-    text chunks that the recipe gives it.
+    text chunks that the recipe gives it, and no row that a job noted says otherwise.
 
     published_sha256: the manifest's hash as `run.json` noted it. track: is shown the files that are read.
     """
@@ -270,8 +270,8 @@ def foreign_names(output_dir: Path) -> Iterator[str]:
         output_dir / layout.LOCK_NAME: locks.is_lock,
         output_dir / layout.WRITERS_NAME: locks.is_lock,
         output_dir / layout.PROBE_NAME: lambda path: path.lstat().st_size <= 1,
-        # beside a job's record it is the job's, and edited
-        manifest: is_manifest if not record.is_file() else lambda path: path.is_file(),
+        # Beside a job's record, a manifest that does not begin as one has been edited.
+        manifest: (lambda _: True) if record.is_file() else is_manifest,
     }
     for path, is_own in is_ours.items():
         if os.path.lexists(path) and not _holds(path, is_own):

@@ -52,7 +52,7 @@ def note(line: str) -> None:
 
 def say_kept(manifest: Path) -> None:
     """Print where a manifest is kept that somebody had added to."""
-    write(f"Note: somebody had added to {MANIFEST_NAME}; that is kept as {manifest}")
+    note(f"somebody had added to {MANIFEST_NAME}; that is kept as {manifest}")
 
 
 def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int, found: Finished) -> None:
@@ -103,9 +103,8 @@ def announce(config: JobConfig, model: JobModel, plan: Plan, num_processes: int,
         size = found.rows.num_bytes() / len(found.rows) if found.rows else model.uncompressed_bytes
         about = "about" if found.rows else "at most"
         needed, free = plan.num_pending * size, _free_bytes(config.output_dir)
-        write(
-            f"Disk: {about} {format_bytes(needed)} to write, {'an unknown number of bytes' if free is None else format_bytes(free)} free"
-        )
+        room = "an unknown number of bytes" if free is None else format_bytes(free)
+        write(f"Disk: {about} {format_bytes(needed)} to write, {room} free")
         _warn_of_full_disk(config.output_dir, plan.num_pending, about, needed)
 
 

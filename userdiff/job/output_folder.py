@@ -62,22 +62,21 @@ def open_folder(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
     with ExitStack() as held:
         if config.dry_run:
             _check_writable(output_dir)
+            with errors_of("--output_dir"):
+                check_own_files(output_dir)
         else:
             with errors_of("--output_dir"):
                 # 1. The folder exists; if this job leaves nothing in it, it is removed again.
                 held.enter_context(locks.made_folder(output_dir))
                 # 2. No other job has it, ...
                 held.enter_context(locks.folder_lock(output_dir))
-                # 3. ... its file system can do what is needed, ...
+                # 3. ... nothing else has the names that jobs write to, its file system can do what is needed, ...
                 check_own_files(output_dir)
                 check_file_system(output_dir)
                 # 4. ... and no process that outlived an earlier job can still write to it.
                 locks.wait_for_writers(output_dir, on_poll=coordinator.check)
             held.callback(_forget_writers, output_dir)
         # 5. What lies there is ours and of the same identity, or may be removed; so far, nothing has been written.
-        if config.dry_run:
-            with errors_of("--output_dir"):
-                check_own_files(output_dir)
         is_anew = config.overwrite and not _was_begun_by(coordinator.launch_id(), output_dir)
         own = _own_images(config, model, shutdown) if is_anew else []
         edited = None

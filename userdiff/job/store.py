@@ -227,7 +227,7 @@ class Coordinator:
     # Waiting
 
     def _say_who_is_missed(self) -> None:
-        """Say, once for each, for which processes this one waits that are not there."""
+        """Print, once for each, which missing processes this one waits for."""
         for other in self._watched:
             what = "gives no sign of life" if self._signs.has_joined(other) else "has not joined the job yet"
             key = f"process {other} {what}"
@@ -240,7 +240,7 @@ class Coordinator:
                     )
 
     def _on_silence(self) -> bool:
-        """Say, once, that this process waits for the store; returns whether it is not to be given up."""
+        """Print, once, that this process waits for the store; returns whether to wait on for as long as it takes."""
         stopped = launcher.stopped_launcher()
         what = f"{launcher.address()}, which does not answer; given up after {_seconds(store_client.LOST_AFTER_PULSES)}"
         if stopped is not None:
