@@ -147,7 +147,7 @@ def begin(folder: Path, num_images: int) -> None:
 
 def merge(folder: Path, num_images: int) -> None:
     """Read the parts, sort their rows, write a manifest."""
-    rows = recorded_rows(folder / "parts", trust_parts=True)
+    rows = recorded_rows(folder / "parts", trusted_parts=layout.part_paths(folder / "parts"))
     target = folder / "merged"
     target.mkdir(exist_ok=True)
     digest = write_manifest(target, rows.keep_best())

@@ -88,14 +88,17 @@ def work(name: str, folder: Path) -> None:
         started = time.monotonic()
         act(coordinator, number, folder)
         print(started, time.monotonic(), flush=True)
-        coordinator.finish()
-        coordinator.wait_for_all(lambda: None)
 
 
 def measure(name: str, num_processes: int) -> float:
     """Have so many processes work at once; gives what all of them do in a second."""
     server = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False)
-    place = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
+    place = {
+        "TORCHELASTIC_RUN_ID": name,
+        "WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(server.port),
+    }
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.store", "--work", name, "--folder", folder]
         processes = [

@@ -11,13 +11,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.distributed import HashStore
 
+from tests.processes import Job
 from userdiff.cli import generate
 from userdiff.config import parse_args
 from userdiff.diffusion.model import load_model
+from userdiff.job import store_client
 from userdiff.job.run import run_process
 from userdiff.job.store import Coordinator
 
@@ -39,7 +42,7 @@ def play_processes(num_processes: int, *flags: object) -> list[int]:
         with Coordinator(lambda: store, process_index, num_processes) as coordinator:
             return run_process(config, model, coordinator)
 
-    with ThreadPoolExecutor(num_processes) as threads:
+    with patch.object(store_client, "PULSE_SECONDS", 0.1), ThreadPoolExecutor(num_processes) as threads:
         return list(threads.map(play, range(num_processes)))
 
 
@@ -50,13 +53,31 @@ def launch(
     threads: int = 1,
     script: Path | str = "batch_generate.py",
     config: str = "cpu.yaml",
+    launcher: str = "accelerate.commands.launch",
 ) -> subprocess.Popen:
     """Start a job with real processes, as the README says."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = [sys.executable, "-m", launcher]
     command += ["--config_file", f"accelerate_configs/{config}", "--num_processes", str(num_processes)]
     command += ["--num_cpu_threads_per_process", str(threads), *launcher_flags]
     command += [str(script), "--device", "cpu", *map(str, flags)]
     return start(command)
+
+
+def start_machines(number: int, processes_each: int, flags: Sequence[object], script: Path) -> list[Job]:
+    """Start a job as so many machines would, each with a launcher of its own; gives the launchers."""
+    network = ["--num_machines", str(number), "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    return [
+        Job(
+            launch(
+                number * processes_each,
+                *flags,
+                launcher_flags=[*network, "--machine_rank", str(machine)],
+                script=script,
+                launcher="tests.startup.patient_for_a_second",
+            )
+        )
+        for machine in range(number)
+    ]
 
 
 def start(command: Sequence[str], cwd: Path = ROOT, **environment: str) -> subprocess.Popen:

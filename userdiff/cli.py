@@ -148,12 +148,15 @@ def _without_local_rank(argv: Sequence[str]) -> Sequence[str]:
 def _print_end(prog: str, config: JobConfig, end: Halted) -> None:
     """Print why a job ended early, how far it got, and how to go on.
 
-    The main process speaks for all of them; where processes can no longer reach it, the first of each machine does.
+    The main process speaks for all of them; where a machine leaves it, or can no longer reach it, its first process does.
     """
-    if launcher.process_index() and not (end.is_alone and launcher.local_process_index() == 0):
+    is_apart = end.is_alone or end.is_for_others
+    if launcher.process_index() and not (is_apart and launcher.local_process_index() == 0):
         return
     line = f"{prog}: {end}" if isinstance(end, Stopped) else f"{prog}: error: {end}"
-    if end.exit_status != UsageError.exit_status:  # else the same command would do no better
+    if end.is_for_others:
+        line = f"{line}; what is done is kept in {config.output_dir}, the rest is left to the other machines"
+    elif end.exit_status != UsageError.exit_status:  # else the same command would do no better
         progress = end.progress or f"what is done is kept in {config.output_dir}"
         # What was there before is removed: for sure, or as far as this process can tell.
         may_have_begun = end.progress or launcher.process_index() or launcher.restart_count()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.definitions import csv_of, fields_of, files_in, line_of, sha256
-from userdiff.dataset.layout import part_path
+from userdiff.dataset.layout import part_path, part_paths
 from userdiff.dataset.manifest import (
     PartWriter,
     is_manifest,
@@ -62,7 +62,9 @@ def test_what_is_recorded_has_the_trust_of_its_source(tmp_path):
     (tmp_path / "manifest.csv").write_text(csv_of(ROWS[0]))
     part_path(tmp_path, 3).write_text(csv_of(ROWS[1], ROWS[2]))
     for trusts in ((False, False), (True, False), (False, True)):
-        rows = recorded_rows(tmp_path, trust_manifest=trusts[0], trust_parts=trusts[1])
+        rows = recorded_rows(
+            tmp_path, trust_manifest=trusts[0], trusted_parts=part_paths(tmp_path) if trusts[1] else ()
+        )
         assert list(rows) == ROWS
         of_manifest = Trust.RECORDED if trusts[0] else Trust.CLAIMED
         of_parts = Trust.RECORDED if trusts[1] else Trust.NOTED

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.dataset.test_layout import FOREIGN_NAMES
 from tests.definitions import RUN, chunks_of, csv_of, fields_of, png_of, sha256
+from userdiff.dataset.layout import part_paths
 from userdiff.dataset.manifest import write_manifest
 from userdiff.dataset.recipe import Recipe
 from userdiff.dataset.rows import Row
@@ -38,7 +39,7 @@ def finished(folder, recipe=RECIPE, *, is_trusted=True):
     """Return what is finished; trusted: the manifest is as it was published, the parts are of this very run."""
     manifest = folder / "manifest.csv"
     published = sha256(manifest.read_bytes()) if manifest.exists() and is_trusted else None
-    return list(find_finished(folder, recipe, published, trust_parts=is_trusted).rows)
+    return list(find_finished(folder, recipe, published, trusted_parts=part_paths(folder) if is_trusted else ()).rows)
 
 
 def test_a_recipe_describes_an_image_as_the_contract_says():

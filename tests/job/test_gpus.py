@@ -159,6 +159,7 @@ def test_a_new_folder_has_batches_of_its_devices_size_and_an_old_one_keeps_its_o
     asked = parse_args(job)
     model = load_model(asked)
     seen = []
+    monkeypatch.setattr(runner, "WAVES_IN_VAIN", 1)
     monkeypatch.setattr(runner, "make_images", lambda config, model, plan, *_, **__: seen.append(plan.batch_size))
     for device, folder in ((CPU, "cpu"), (GPU, "gpu"), (CPU, "gpu")):
         with Coordinator(HashStore, 0, 1) as coordinator:

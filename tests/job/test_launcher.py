@@ -1,5 +1,6 @@
 """What the launcher tells its processes."""
 
+import os
 import shlex
 import sys
 import time
@@ -10,6 +11,8 @@ from torch.distributed import TCPStore
 from tests.checkpoints import model_flags
 from tests.jobs import finish, images_in, run_job, start
 from userdiff.job import launcher
+from userdiff.job.store import connect
+from userdiff.shutdown import Shutdown
 
 TO_RUN_ALONE = "needed: accelerate launch; or env -u TORCHELASTIC_RUN_ID -u WORLD_SIZE, to run alone"
 IMPATIENT = """
@@ -48,8 +51,8 @@ def test_without_a_launcher_a_process_is_alone_whatever_is_left_over(environment
     numbers = (launcher.process_index, launcher.machine_index, launcher.local_process_index)
     assert [number() for number in numbers] == [0, 0, 0]
     assert (launcher.num_processes(), launcher.num_machines(), launcher.num_local_processes()) == (1, 1, 1)
-    launcher.open_store().set("plan", "1")
-    assert not launcher.open_store().check(["plan"])
+    launcher.open_store().set("latest", "1")
+    assert not launcher.open_store().check(["latest"])
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "ACCELERATE_TORCH_DEVICE"])
@@ -92,14 +95,11 @@ def test_a_switch_that_is_none_is_named(checkpoint, tmp_path, monkeypatch, capsy
     assert line == "batch_generate.py: error: ACCELERATE_USE_CPU: invalid truth value perhaps"
 
 
-def test_processes_meet_in_the_launchers_store_apart_from_a_group_before(launched, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    launcher.open_store().set("plan", "1")
-    assert launcher.open_store().get("plan") == b"1"
+def test_processes_meet_in_the_launchers_store_and_a_launch_keeps_its_id(launched):
+    launcher.open_store().set("latest", "1")
+    assert launcher.open_store().get("latest") == b"1"
     launch = launcher.open_store().get("launch")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert not launcher.open_store().check(["plan"])
-    assert launcher.open_store().get("launch") == launch  # the same launch goes on
+    assert launcher.open_store().get("launch") == launch
 
 
 @pytest.mark.parametrize("argument", ["--local-rank=0", "--local_rank=0"])
@@ -178,26 +178,58 @@ def test_a_shell_that_was_launched_may_start_the_job(launched, checkpoint, tmp_p
     assert status == 0, stderr
 
 
-def test_a_second_job_of_one_launch_is_told_so_at_once(launched, checkpoint, tmp_path, monkeypatch):
-    """It would read the first one's plan."""
+def test_jobs_may_follow_one_another_in_one_launch(launched, checkpoint, tmp_path, monkeypatch):
+    """The second one must not read the first one's plan."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     job = [sys.executable, "batch_generate.py", *model_flags(checkpoint), "--num_images_per_user", 1, "--output_dir"]
-    for number, expected in [(1, 0), (2, 2)]:
+    for number in (1, 2):
         shell = f"{shlex.join(map(str, [*job, tmp_path / str(number)]))}; exit $?"
         status, _, stderr = finish(start(["bash", "-c", shell]))
-        assert status == expected, stderr
+        assert status == 0, stderr
+        assert len(images_in(tmp_path / str(number))) == 5
+
+
+def test_two_jobs_at_once_in_one_launch_are_told_so(launched, checkpoint, tmp_path, monkeypatch):
+    job = [*model_flags(checkpoint), "--num_images_per_user", 1, "--output_dir", tmp_path / "out"]
+    environment = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "2"}
+    assert {**os.environ, **environment} == os.environ
+    with connect(Shutdown()) as coordinator:
+        status, _, stderr = finish(
+            start(["bash", "-c", f"{shlex.join(map(str, [sys.executable, 'batch_generate.py', *job]))}; exit $?"])
+        )
+        coordinator.check()
+    assert status == 2
     (line,) = stderr.splitlines()
     assert line.startswith(f"batch_generate.py: error: RANK: 0 of the launch on 127.0.0.1:{launched.port} is process ")
     assert line.endswith(TO_RUN_ALONE)
-    assert not (tmp_path / "2").exists()
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_process_that_never_joins_is_named_within_seconds_and_given_up(launched, checkpoint, tmp_path):
+def test_nobody_waits_for_a_process_that_never_joins(launched, checkpoint, tmp_path):
+    job = [*model_flags(checkpoint), "--num_images_per_user", 1, "--output_dir", tmp_path / "out"]
+    status, stdout, stderr = finish(
+        start([sys.executable, "batch_generate.py", *map(str, job)], GLOO_SOCKET_IFNAME="ib0")
+    )
+    assert status == 0, stderr
+    assert "waiting" not in stdout
+    assert len(images_in(tmp_path / "out")) == 5
+
+
+@pytest.mark.parametrize("missed", ["process 0", "process 1"])
+def test_who_does_not_join_but_has_to_is_named_within_seconds_and_given_up(
+    missed, launched, checkpoint, tmp_path, monkeypatch
+):
+    """The main process; and one of every machine, before anything is written."""
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    if missed == "process 0":
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("GROUP_RANK", "1")
     job = [*model_flags(checkpoint), "--num_images_per_user", 1, "--output_dir", tmp_path / "out"]
     started = time.monotonic()
-    status, stdout, stderr = finish(start([sys.executable, "-c", IMPATIENT, *map(str, job)], GLOO_SOCKET_IFNAME="ib0"))
+    status, stdout, stderr = finish(start([sys.executable, "-c", IMPATIENT, *map(str, job)]))
     assert status == 1
     assert time.monotonic() - started < 100
-    assert "Note: waiting for process 1, which has not joined the job yet; given up after 15 s\n" in stdout
-    assert "batch_generate.py: error: process 1 has not joined the job within 15 s; " in stderr
-    assert len(images_in(tmp_path / "out")) == 5  # nobody waits for it before all is made
+    assert f"Note: waiting for {missed}, which has not joined the job yet; given up after 15 s\n" in stdout
+    if missed == "process 1":
+        assert "batch_generate.py: error: process 1 has not joined the job within 15 s; " in stderr
+    assert not (tmp_path / "out").exists()

@@ -170,6 +170,8 @@ def test_processes_with_other_numerics_than_the_main_one_warn_once_a_kind(flags,
         device_name = "another card"
 
     def run_on_two_kinds(config, model, coordinator):
+        for process_index in range(4):  # who comes too late is not asked
+            coordinator.wait_for(f"name/{process_index}")
         is_other = coordinator.process_index in (1, 3)
         return run_process(config, OtherCard(**vars(model)) if is_other else model, coordinator)
 

@@ -3,7 +3,7 @@ import signal
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from torch.distributed import DistError, HashStore
@@ -20,9 +20,13 @@ def processes():
     """Make any number of processes of one job, closed at the end."""
     made: list[Coordinator] = []
 
-    def make(number, shared=None):
+    def make(number, shared=None, machines=(0,) * 9):
+        """All on one machine, where nobody says otherwise."""
         shared = shared or HashStore()
-        new = [Coordinator(lambda: shared, process_index, number) for process_index in range(number)]
+        new = [
+            Coordinator(lambda: shared, process_index, number, machines[process_index])
+            for process_index in range(number)
+        ]
         made.extend(new)
         return new
 
@@ -31,13 +35,13 @@ def processes():
         coordinator.__exit__(None, None, None)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def quick_pulse(monkeypatch):
     monkeypatch.setattr(store_client, "PULSE_SECONDS", 0.05)
 
 
 @pytest.fixture
-def impatient(quick_pulse, monkeypatch):
+def impatient(monkeypatch):
     """A process is given up after half a second."""
     monkeypatch.setattr(store_client, "LOST_AFTER_PULSES", 10)
 
@@ -86,7 +90,7 @@ def test_progress_and_failures_add_up(processes):
     assert main.reported("flat") == [(1, 1)]
 
 
-def test_counting_asks_nothing_of_the_store_and_loses_nothing(processes, quick_pulse):
+def test_counting_asks_nothing_of_the_store_and_loses_nothing(processes):
     """It was two questions an image, for which the writers waited; now a process reports what it has made in between."""
     main, other = processes(2)
     ask, asked = other._client.ask, []
@@ -94,7 +98,7 @@ def test_counting_asks_nothing_of_the_store_and_loses_nothing(processes, quick_p
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda _: [other.count_published(1, 7) for _ in range(500)], range(4)))
     assert not asked
-    other.finish()
+    other.end_wave()
     assert main.published() == (2000, 14000)
     other.count_published(1, 1)
     wait_for(lambda: main.published() == (2001, 14001))  # with a pulse
@@ -103,7 +107,7 @@ def test_counting_asks_nothing_of_the_store_and_loses_nothing(processes, quick_p
 # Ending
 
 
-def test_the_first_reason_to_halt_is_the_one_that_counts(processes, quick_pulse):
+def test_the_first_reason_to_halt_is_the_one_that_counts(processes):
     main, one, two = processes(3)
     one.halt(OSError("the disk is full"))
     two.halt(ValueError("something that followed from it"))
@@ -117,7 +121,7 @@ def test_the_first_reason_to_halt_is_the_one_that_counts(processes, quick_pulse)
     assert heard(other).exit_status == 2  # else the launcher's report names whichever process happened to leave first
 
 
-def test_a_process_that_leaves_by_an_exception_halts_the_others_and_counts_what_it_made(processes, quick_pulse):
+def test_a_process_that_leaves_by_an_exception_halts_the_others_and_counts_what_it_made(processes):
     main, other = processes(2)
     other.count_published(3, num_bytes=50)
     with pytest.raises(ZeroDivisionError), other:
@@ -126,11 +130,11 @@ def test_a_process_that_leaves_by_an_exception_halts_the_others_and_counts_what_
     assert str(heard(main)).endswith("by zero")
 
 
-def test_a_signal_to_one_stops_all(processes, quick_pulse):
-    told, main = Shutdown(), None
-    shared = HashStore()
-    with Coordinator(lambda: shared, 1, 2, shutdown=told) as worker:
-        (main, _) = processes(2, shared)
+def test_a_signal_to_one_stops_all(processes):
+    told = Shutdown()
+    main, worker = processes(2)
+    worker.shutdown = told
+    with worker:
         main.check()
         told.set(Stopped(signal.SIGTERM))
         with pytest.raises(Stopped):
@@ -141,22 +145,24 @@ def test_a_signal_to_one_stops_all(processes, quick_pulse):
     assert str(reason) == "stopped by SIGTERM"
 
 
-def test_waiting_ends_when_all_have_finished_or_one_fails(processes, quick_pulse):
+def test_waiting_ends_when_all_have_ended_the_wave_or_one_fails(processes):
     main, *others = processes(4)
     polls = []
-    main.finish()
+    main.begin_wave(b"plan")
     for delay, other in enumerate(others):
-        threading.Timer(0.1 * delay, other.finish).start()
-    main.wait_for_all(on_poll=lambda: polls.append(None))
+        assert next(other.waves()) == b"plan"
+        threading.Timer(0.1 * delay, other.end_wave).start()
+    main.wait_for_others(on_poll=lambda: polls.append(None))
     assert polls
     main, other = processes(2)
+    main.begin_wave(b"plan")
+    next(other.waves())
     threading.Timer(0.2, other.halt, args=(Failed("gone"),)).start()
-    main.finish()
     with pytest.raises(Failed, match="gone"):
-        main.wait_for_all(on_poll=lambda: None)
+        main.wait_for_others(on_poll=lambda: None)
 
 
-def test_the_main_process_waits_for_the_others_to_leave_but_not_for_ever_nor_for_the_dead(processes, quick_pulse):
+def test_the_main_process_waits_for_the_others_to_leave_but_not_for_ever_nor_for_the_dead(processes):
     main, other = processes(2)
     assert main.wait_until_left(0.3) == []
     other.__exit__(None, None, None)
@@ -172,7 +178,6 @@ def test_the_main_process_waits_for_the_others_to_leave_but_not_for_ever_nor_for
 
 def test_a_process_without_a_sign_of_life_is_named_and_one_that_left_in_order_is_not_missed(processes, impatient):
     main, left, worker, dead = processes(4)
-    left.finish()
     left.__exit__(None, None, None)
     dead._client.close()  # as SIGKILL would have it: without a word
     for coordinator in (main, worker):
@@ -184,21 +189,181 @@ def test_a_process_without_a_sign_of_life_is_named_and_one_that_left_in_order_is
 
 @pytest.mark.parametrize(("waiting", "missed"), [(0, 1), (1, 0)])
 @pytest.mark.parametrize("has_joined", [True, False])
-def test_whoever_waits_says_once_for_whom(quick_pulse, waiting, missed, has_joined):
-    shared, said = HashStore(), []
-    if has_joined:
-        dead = Coordinator(lambda: shared, missed, 2)
-        dead._client.close()  # as SIGKILL would have it: without a word
-    with Coordinator(lambda: shared, waiting, 2, say=said.append) as coordinator, ThreadPoolExecutor(1) as threads:
-        threads.submit(coordinator.wait_for, "plan")
+def test_whoever_waits_says_once_for_whom(waiting, missed, has_joined):
+    shared, said, joined = HashStore(), [], []
+
+    def wait_in_vain():
+        with Coordinator(lambda: shared, waiting, 2, say=said.append) as coordinator:
+            joined.append(coordinator)
+            coordinator.wait_for("plan")
+
+    with ThreadPoolExecutor(1) as threads:
+        if has_joined and missed == 1:
+            threads.submit(wait_in_vain)
+        if has_joined:
+            dead = Coordinator(lambda: shared, missed, 2)
+        if not (has_joined and missed == 1):
+            threads.submit(wait_in_vain)
+        if has_joined:
+            wait_for(lambda: joined)
+            time.sleep(0.2)
+            dead._client.close()  # as SIGKILL would have it: without a word
         wait_for(lambda: said, 20)
         time.sleep(0.3)
-        coordinator.set("plan", "1")
+        if not has_joined and missed == 0:
+            joined.append(Coordinator(lambda: shared, 0, 2))  # it comes in the end
+        joined[-1].set("plan", "1")
     name = f"process {missed} on {socket.gethostname()}" if has_joined else f"process {missed}"
     what = (
         "gives no sign of life; given up after 3 s" if has_joined else "has not joined the job yet; given up after 30 s"
     )
     assert said == [f"waiting for {name}, which {what}"]
+
+
+# Waves
+
+
+def test_waves_follow_one_another_until_they_end(processes):
+    main, other = processes(2)
+    waves = other.waves()
+    for number in range(3):
+        main.begin_wave(f"plan {number}".encode())
+        assert next(waves) == f"plan {number}".encode()
+        assert sorted([main.next_batch(), other.next_batch()]) == [0, 1]
+        main.end_wave()
+    main.end_waves()
+    assert other.has_ended()
+    assert list(waves) == []
+    assert main.lost() == {}
+
+
+def test_a_late_process_joins_the_wave_that_is_under_way(processes):
+    main, *_ = processes(1)
+    main.begin_wave(b"first")
+    main.begin_wave(b"second")
+    main.next_batch()
+    late = Coordinator(lambda: main._client.ask(lambda store: store), 1, 2)
+    with late:
+        assert next(late.waves()) == b"second"
+        assert late.next_batch() == 1
+
+
+def test_whoever_comes_after_the_end_has_nothing_to_do(processes):
+    shared = HashStore()
+    with Coordinator(lambda: shared, 0, 2) as main:
+        main.begin_wave(b"plan")
+        main.end_waves()
+    with Coordinator(lambda: shared, 1, 2) as late:
+        assert late.has_ended()
+        assert list(late.waves()) == []
+
+
+def test_a_process_that_is_silent_in_a_wave_is_done_without_and_may_come_back(processes, impatient):
+    main, other, third = processes(3)
+    main.begin_wave(b"plan")
+    waves = other.waves()
+    next(waves)
+    next(third.waves())
+    third.end_wave()
+    pulse, other._client._pulse = other._client._pulse, lambda store: None  # as SIGSTOP would have it
+    main.wait_for_others(main.check)
+    assert main.lost() == {1: f"process 1 on {socket.gethostname()}, no sign of life"}
+    assert [main.has_lost_part(number) for number in range(6)] == [False, True, False] * 2
+    main.begin_wave(b"rest")
+    other._client._pulse = pulse
+    assert next(waves) == b"rest"
+    wait_for(lambda: not main._gone)
+    threading.Timer(0.3, other.end_wave).start()
+    assert main._works(1)
+    main.wait_for_others(main.check)
+    assert not main._works(1)
+    assert list(main.lost()) == [1]  # it was, all the same
+
+
+@pytest.mark.parametrize("machine", [0, 1])
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_a_signal_ends_a_machine_alone_once_there_are_waves_unless_it_is_the_main_ones(processes, machine, is_begun):
+    main, other = processes(2, machines=(0, machine))
+    if is_begun:
+        main.begin_wave(b"plan")
+        next(other.waves())
+    other.shutdown.set(Stopped(signal.SIGTERM))
+    with pytest.raises(Stopped), other:
+        other.check()
+    assert other.shutdown.reason.is_for_others == bool(machine and is_begun)
+    if machine and is_begun:
+        main.wait_for_others(main.check)
+        assert main.lost() == {1: f"process 1 on {socket.gethostname()}, stopped by SIGTERM"}
+    else:
+        assert heard(main).signal_number == signal.SIGTERM
+
+
+def test_a_process_that_fails_of_its_own_ends_the_job_in_a_wave_too(processes):
+    main, other = processes(2, machines=(0, 1))
+    main.begin_wave(b"plan")
+    next(other.waves())
+    with pytest.raises(OSError, match="full"), other:
+        raise OSError("the disk is full")
+    with pytest.raises(Failed, match="the disk is full"):
+        main.wait_for_others(main.check)
+
+
+# Groups
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """Have this process take itself for another one, as `as_process("B")`."""
+    return lambda name: monkeypatch.setattr(launcher, "this_process", lambda: name)
+
+
+def test_a_restarted_process_takes_the_place_of_the_one_that_is_gone(processes, as_process):
+    shared = HashStore()
+    main, before = processes(2, shared)
+    main.begin_wave(b"plan")
+    next(before.waves())
+    before.next_batch()
+    before._client.close()  # as SIGKILL would have it: without a word
+    as_process("B")
+    with Coordinator(lambda: shared, 1, 2) as other:
+        assert (before.part_number, other.part_number) == (1, 3)
+        assert not main._works(1)
+        assert next(other.waves()) == b"plan"
+        assert other.next_batch() == 1
+        time.sleep(0.3)
+        assert main.lost() == {}
+
+
+@pytest.mark.parametrize("process_index", [0, 1])
+def test_a_place_that_is_taken_is_refused_at_once(processes, as_process, process_index):
+    shared = HashStore()
+    processes(2, shared)
+    as_process("B")
+    with pytest.raises(launcher.ForeignLaunchError, match=r"is process .* already, and joins one job"):
+        Coordinator(lambda: shared, process_index, 2)
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped", "ended"])
+def test_a_group_that_is_started_again_meets_apart_from_the_one_before(processes, as_process, end):
+    """Whoever comes first, and though the launcher counts no restart where a machine has joined."""
+    shared = HashStore()
+    before = processes(2, shared)
+    before[0].begin_wave(b"old")
+    if end == "stopped":
+        before[0].halt(Stopped(signal.SIGTERM))
+    if end == "ended":
+        before[0].end_waves()
+    for coordinator in reversed(before):
+        coordinator._client.close() if end == "killed" else coordinator.__exit__(None, None, None)
+    as_process("B")
+    with ThreadPoolExecutor(1) as threads:
+        joining = threads.submit(Coordinator, lambda: shared, 1, 3)
+        time.sleep(0.3)
+        with Coordinator(lambda: shared, 0, 3) as main, joining.result(20) as other:
+            main.begin_wave(b"new")
+            assert next(other.waves()) == b"new"
+            assert other.part_number == 1
+            main.check()
 
 
 def test_a_store_that_does_not_answer_is_spoken_of_by_one_process_of_each_machine(impatient, monkeypatch):
@@ -218,47 +383,32 @@ def test_workers_miss_a_main_process_that_died(processes, impatient):
         worker.wait_for("plan")
 
 
-class SilentStore:
-    """A store whose machine vanished: it takes what it is asked and never answers."""
-
-    def __init__(self):
-        self.store, self.is_silent = HashStore(), False
-
-    def __getattr__(self, name):
-        def operation(*args):
-            while self.is_silent:
-                time.sleep(0.01)
-            return getattr(self.store, name)(*args)
-
-        return operation
-
-
 def test_leaving_waits_for_the_thread_that_talks_to_the_store(processes):
     """At the end of the interpreter, one still in torch's store would abort the process."""
     (coordinator,) = processes(1)
-    threading.Thread(target=coordinator._ask, args=(lambda store: time.sleep(0.5),), daemon=True).start()
+    coordinator._client._requests.put((Future(), lambda store: time.sleep(0.5)))
     time.sleep(0.1)
     coordinator._client.close()
     assert not coordinator._client._thread.is_alive()
 
 
 def test_a_store_that_never_opens_or_never_answers_is_given_up(impatient):
-    silent = SilentStore()
-    coordinator = Coordinator(lambda: silent, 1, 2)
+    answers = threading.Event()
+    coordinator = Coordinator(HashStore, 0, 2)
     coordinator.next_batch()
-    silent.is_silent = True
+    coordinator._client._requests.put((Future(), lambda store: answers.wait()))  # a machine that vanished never answers
     with pytest.raises(Failed, match="lost contact with the launcher"):
         coordinator.next_batch()
     with pytest.raises(Failed):  # once for all: nobody waits again
         coordinator.published()
-    silent.is_silent = False
+    answers.set()
     opened = threading.Event()
     with pytest.raises(Failed, match="lost contact"):
         Coordinator(lambda: opened.wait() and HashStore(), 1, 2)
     opened.set()
 
 
-def test_a_store_that_went_with_this_processs_own_launcher_is_a_stop(monkeypatch, quick_pulse):
+def test_a_store_that_went_with_this_processs_own_launcher_is_a_stop(monkeypatch):
     def gone():
         raise DistError("Connection reset by peer")
 

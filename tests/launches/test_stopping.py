@@ -15,14 +15,13 @@ from tests.checkpoints import model_flags
 from tests.definitions import files_in
 from tests.jobs import (
     finish,
-    free_port,
     images_in,
     last_run,
     launch,
     play_processes,
     run_job,
     start,
-    tree,
+    start_machines,
     wait_for,
 )
 from tests.processes import Job, our_tracebacks, send, still_alive
@@ -252,25 +251,7 @@ def test_a_signal_while_the_launcher_is_stopped_ends_its_processes(flags, tmp_pa
 
 def two_machines(flags, impatient):
     """Two launches on loopback, as two machines would start them."""
-    network = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    return [
-        Job(launch(2, *flags, launcher_flags=[*network, "--machine_rank", str(rank)], script=impatient))
-        for rank in (0, 1)
-    ]
-
-
-def test_a_machine_that_is_lost_ends_the_job_on_the_other_and_one_goes_on(flags, tmp_path, impatient):
-    out = tmp_path / "out"
-    job = [*flags, "--num_images_per_user", 80, "--output_dir", out]
-    first, second = two_machines(job, impatient)
-    wait_for(lambda: len(images_in(out)) >= 4)
-    kill_job(second)
-    assert first.wait(90, first.family())
-    assert our_tracebacks(first.stderr) == []
-    assert f"error: process 1 on {socket.gethostname()} has given no sign of life for 5 s; " in first.stderr
-    assert last_run(out)["state"] == "failed"
-    assert run_job(*job) == run_job(*job[:-1], tmp_path / "plain") == 0
-    assert tree(out) == tree(tmp_path / "plain")
+    return start_machines(2, 1, flags, impatient)
 
 
 def test_a_lost_first_machine_ends_the_job_on_the_other(flags, tmp_path, impatient):

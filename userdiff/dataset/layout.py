@@ -83,9 +83,14 @@ def entries(folder: Path) -> list[Path]:
         return []
 
 
-def part_path(output_dir: Path, process_index: int) -> Path:
+def part_path(output_dir: Path, number: int) -> Path:
     """Return the path of a process's part of the manifest, where it records the images that it has finished."""
-    return output_dir / f"manifest.part-{process_index:05d}.csv"
+    return output_dir / f"manifest.part-{number:05d}.csv"
+
+
+def part_number(path: Path) -> int:
+    """Return the number of a part of the manifest."""
+    return int(path.stem.rpartition("-")[2])
 
 
 def part_paths(output_dir: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -45,16 +45,18 @@ def num_part_rows(output_dir: Path) -> int:
     return sum(max(sum(piece.count(b"\n") for piece in _pieces(path)) - 1, 0) for path in part_paths(output_dir))
 
 
-def recorded_rows(output_dir: Path, *, trust_manifest: bool = False, trust_parts: bool = False) -> Rows:
+def recorded_rows(output_dir: Path, *, trust_manifest: bool = False, trusted_parts: Collection[Path] = ()) -> Rows:
     """Read the rows of the manifest and of all parts.
 
     The parts first: a merge that ends meanwhile has put their rows into the manifest before it removes them.
 
     A manifest is trusted if it still has the hash it was published with; otherwise it was damaged or edited. Parts of the
-    current run are trusted; parts of an interrupted run may name files that a power cut has emptied.
+    current run are trusted; those of an interrupted run, or of a machine that was lost, may name files that a power cut has
+    emptied.
     """
-    of_parts = chain.from_iterable(map(read_lines, part_paths(output_dir)))
-    rows = Rows(of_parts, Trust.RECORDED if trust_parts else Trust.NOTED)
+    noted = [path for path in part_paths(output_dir) if path not in trusted_parts]
+    rows = Rows(chain.from_iterable(map(read_lines, trusted_parts)), Trust.RECORDED)
+    rows.extend(chain.from_iterable(map(read_lines, noted)), Trust.NOTED)
     rows.extend(read_lines(output_dir / MANIFEST_NAME), Trust.RECORDED if trust_manifest else Trust.CLAIMED)
     return rows
 

@@ -25,7 +25,7 @@ from userdiff.text import id_range
 NUMERICS_DEFAULTS = {"png_compress_level": 6}
 """Values for records from before these were noted."""
 MAX_BYTES = 2**27  # of a record: four million failed images
-_LEFT_OUT = ("joined", "launch", "shard")  # of an entry, where they are None
+_LEFT_OUT = ("joined", "launch", "lost", "shard")  # of an entry, where they are None
 _START = b'{\n  "run": "'
 _START_BYTES = 2**14
 _ODD = (ValueError, LookupError, TypeError, AttributeError, OverflowError, argparse.ArgumentTypeError)
@@ -55,6 +55,8 @@ class RunEntry:
     numerics: dict[str, Any]
     published: int = 0
     """Images that this run made."""
+    lost: list[str] | None = None
+    """The processes that were lost, and in which way; their batches were made by the others."""
     failed: list[Item] = field(default_factory=list)
     """Images that were asked for and are not there."""
 
@@ -63,7 +65,7 @@ class RunEntry:
         kinds: list[tuple[Any, list[object]]] = [
             (str, [self.started, self.state, self.user_ids]),
             ((str, NoneType), [self.ended, self.cause, self.launch, self.shard]),
-            ((list, NoneType), [self.joined]),
+            ((list, NoneType), [self.joined, self.lost]),
             (dict, [self.numerics]),
             (list, [self.failed]),
         ]
@@ -184,7 +186,7 @@ class RunRecord:
             raise TypeError(identity)
         for entry in self.history:
             if type(entry.numerics["batch_size"]) is not int or not all(
-                isinstance(name, str) for name in entry.joined or ()
+                isinstance(name, str) for name in (*(entry.joined or ()), *(entry.lost or ()))
             ):
                 raise TypeError(entry)
             if sum(map(len, entry.id_ranges())) > len(identity["user_index"]):

@@ -3,7 +3,7 @@
 import errno
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from enum import Enum, auto
@@ -132,7 +132,7 @@ def find_finished(
     recipe: Recipe,
     published_sha256: str | None = None,
     *,
-    trust_parts: bool = False,
+    trusted_parts: Collection[Path] = (),
     track: Track = untracked,
 ) -> Finished:
     """Look through the folder for finished images.
@@ -144,7 +144,7 @@ def find_finished(
     published_sha256: the manifest's hash as `run.json` noted it. track: is shown the files that are read.
     """
     has_manifest = published_sha256 is not None and manifest_sha256(output_dir) == published_sha256
-    rows = recorded_rows(output_dir, trust_manifest=has_manifest, trust_parts=trust_parts)
+    rows = recorded_rows(output_dir, trust_manifest=has_manifest, trusted_parts=trusted_parts)
     folders = list(user_folders(output_dir))
     agrees = recipe.agrees(rows)
     is_trusted = agrees & rows.is_best() & (rows.array["trust"] == Trust.RECORDED)

@@ -211,13 +211,23 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
 
     As soon as there is a batch of images to judge by, warns of a disk that will not hold the rest.
     """
+    (images_before, bytes_before), known_lost = coordinator.published(), set(coordinator.lost())
     with progress.make_bar(plan.num_items, plan.num_done) as bar:
         shown, is_judged = time.monotonic(), not plan.num_pending
 
         def show(num_images: int) -> None:
             if num_failed := coordinator.num_reported("failed"):
                 bar.set_postfix_str(f"{num_failed} failed", refresh=False)
-            bar.update(plan.num_done + num_images - bar.n)  # shows itself every `mininterval`
+            num_made = min(
+                num_images - images_before, plan.num_pending
+            )  # a lost process may come back and make some twice
+            bar.update(plan.num_done + num_made - bar.n)  # shows itself every `mininterval`
+
+        def warn_of_lost() -> None:
+            for index, which in coordinator.lost().items():
+                if index not in known_lost:
+                    known_lost.add(index)
+                    warn(f"{which}: lost, the others make what it leaves")
 
         def refresh() -> None:
             nonlocal shown, is_judged
@@ -225,8 +235,10 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
             if time.monotonic() - shown < _REFRESH_SECONDS:
                 return
             shown = time.monotonic()
+            warn_of_lost()
             num_images, num_bytes = coordinator.published()
             show(num_images)
+            num_images, num_bytes = num_images - images_before, num_bytes - bytes_before
             if not is_judged and num_images >= min(plan.batch_size, plan.num_pending):
                 is_judged = True
                 left = plan.num_pending - num_images
@@ -235,6 +247,7 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
         try:
             yield refresh
         finally:
+            warn_of_lost()
             with suppress(Halted):  # the store may be gone
                 show(coordinator.published()[0])
 
@@ -248,6 +261,10 @@ def conclude(config: JobConfig, model: JobModel, plan: Plan, coordinator: Coordi
         f"Done: {plan.num_items - len(entry.failed)} of {count(plan.num_items, 'image')}{of_shard} in {config.output_dir}, "
         f"{entry.published} of them made now{rate if entry.published else ''}"
     )
+    if entry.lost:
+        were = "was" if len(entry.lost) == 1 else "were"
+        of_all = f"{len(entry.lost)} of {count(coordinator.num_processes, 'process', 'processes')}"
+        write(f"Lost: {of_all} {were} lost ({'; '.join(entry.lost)}); the others made what was left")
     not_finite = set(coordinator.reported("failed"))
     bad = [item for item in entry.failed if item in not_finite]
     gone = [item for item in entry.failed if item not in not_finite]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 from uuid import uuid4
 
 from userdiff.config import JobConfig, UsageError, errors_of
@@ -70,12 +70,11 @@ def _check_launch() -> None:
         )
 
 
-def check_claim(holder: str, claimant: str) -> None:
-    """Raise ForeignLaunchError where another process of the launch is what this process takes itself for."""
-    if holder != claimant:
-        raise ForeignLaunchError(
-            f"RANK: {process_index()} of the launch on {address()} is {holder} already, and joins one job, {_TO_RUN_ALONE}"
-        )
+def refuse_place(holder: str) -> NoReturn:
+    """Raise ForeignLaunchError: another process of the launch is what this process takes itself for."""
+    raise ForeignLaunchError(
+        f"RANK: {process_index()} of the launch on {address()} is {holder} already, and joins one job, {_TO_RUN_ALONE}"
+    )
 
 
 def _number(name: str, alone: int) -> Callable[[], int]:
@@ -167,10 +166,9 @@ def this_process() -> str:
 
 
 def open_store() -> "Store":
-    """Open the job's store: the launcher's own, on its address and port; in memory where there is none.
+    """Open the launch's store: the launcher's own, on its address and port; in memory where there is none.
 
-    The launcher's store outlives a group of processes that it restarts, so the restart count is part of every key. A key
-    `launch` has what is the same for all these groups, and for no other launch.
+    A key `launch` has what is the same for all groups of processes that the launcher starts, and for no other launch.
     """
     from torch.distributed import HashStore, PrefixStore, TCPStore
 
@@ -179,9 +177,8 @@ def open_store() -> "Store":
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     server = TCPStore(host, port, is_master=False, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
     server.set_timeout(_NO_TIMEOUT)
-    launch = PrefixStore(f"userdiff/{os.environ['TORCHELASTIC_RUN_ID']}", server)
-    store = PrefixStore(str(restart_count()), launch)
-    store.set("launch", launch.compare_set("launch", "", uuid4().hex).decode())
+    store = PrefixStore(f"userdiff/{os.environ['TORCHELASTIC_RUN_ID']}", server)
+    store.compare_set("launch", "", uuid4().hex)
     return store
 
 

@@ -286,7 +286,8 @@ def history_entry(
     )
 
     def note_early_end(error: BaseException, silent: Collection[str] = ()) -> None:
-        entry.published = entry.published or num_part_rows(output_dir)
+        if entry.state == "running":
+            entry.published += num_part_rows(output_dir)
         if isinstance(error, Halted):
             error.progress = f"{plan.num_done + entry.published} of {plan.num_items} images are in {output_dir}"
         if isinstance(error, Stopped) and silent:  # maybe by a launcher, one of whose processes died

@@ -3,14 +3,14 @@
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from userdiff.seeds import slots
+from userdiff.seeds import Item, slots
 from userdiff.shard import WHOLE, Shard
 
 PADDING = -1  # stands for a row of a batch that no image takes
@@ -53,6 +53,14 @@ class Plan:
     def num_done(self) -> int:
         """The number of images that are asked for and made already."""
         return self.num_items - self.num_pending
+
+    def without(self, items: Iterable[Item]) -> "Plan":
+        """Return the plan without these images among those to make."""
+        pending, users = self.pending.copy(), {user_id: number for number, user_id in enumerate(self.user_ids)}
+        for user_id, image_index in items:
+            if user_id in users and image_index < self.num_images_per_user:
+                pending[users[user_id] * self.num_images_per_user + image_index] = False
+        return replace(self, pending=pending)
 
     def item(self, number: int) -> tuple[int, int]:
         """Return the (user_id, image_index) of an item number."""

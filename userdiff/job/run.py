@@ -49,6 +49,7 @@ _CPU_SETTINGS = (  # by which torch, oneDNN and MKL choose their kernels
     *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_CPU_ISA_HINTS", "DNNL_CPU_ISA_HINTS"),
     *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR"),
 )
+WAVES_IN_VAIN = 2  # in a row, before what is missing is given up
 _DYNAMO = "ACCELERATE_DYNAMO_"
 
 _KEEPS = {  # what keeps a numeric as the folder began with it
@@ -178,7 +179,7 @@ def run_process(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
 
 def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
     """Find what is done, plan the rest, make images with the others, and merge; a dry run ends with the plan."""
-    output_dir, recipe = config.output_dir, Recipe.of(model.identity, model.run)
+    output_dir = config.output_dir
     height, width, _ = model.image_shape
     if height * width > MAX_PIXELS:
         raise UsageError(f"--sample_size: images of {width} x {height}, needed: {MAX_PIXELS} pixels at most")
@@ -202,23 +203,8 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
         record.manifest_sha256 = write_manifest(output_dir, found.rows_to_keep(), console.say_kept)
         del found  # its rows take 60 bytes an image
         with output_folder.history_entry(output_dir, record, numerics, plan, coordinator) as entry:
-            # Every process, this one too, claims batches until none is left.
             coordinator.set("run", json.dumps([model.run, numerics]))
-            coordinator.set("plan", plan.to_bytes())
-            with console.show_progress(output_dir, plan, coordinator) as refresh:
-                make_images(
-                    config, model, plan, coordinator, compress_level=numerics["png_compress_level"], on_step=refresh
-                )
-                coordinator.finish()
-                coordinator.wait_for_all(refresh)
-            entry.published = coordinator.published()[0]
-            # Find out what is there in the end; do not assume it.
-            found = find_finished(output_dir, recipe, record.manifest_sha256, trust_parts=True)
-            missing = make_plan(
-                plan.user_ids, plan.num_images_per_user, plan.batch_size, found.rows.image_indices(), plan.shard
-            )
-            rows = found.rows_to_keep()
-            record.manifest_sha256 = write_manifest(output_dir, rows, console.say_kept)
+            rows, missing = make_missing(config, model, plan, record, coordinator)
             entry.failed = [missing.item(number) for number in missing.pending.nonzero()[0].tolist()]
             page = preview_page(output_dir, rows, record, ended=datetime.now(timezone.utc))
             publish(output_dir / layout.PREVIEW_NAME, page)
@@ -226,8 +212,53 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
     return 1 if entry.failed else 0
 
 
+def make_missing(
+    config: JobConfig, model: JobModel, plan: Plan, record: RunRecord, coordinator: Coordinator
+) -> tuple[Rows, Plan]:
+    """Have all processes make what is missing, wave after wave (main process).
+
+    Returns the rows of what is there in the end, and what is not. What is missing after a wave was claimed by a process that
+    was lost, or has gone from the folder. An image that is not finite would be so again, and what somebody has put in the
+    place of one is theirs.
+    """
+    output_dir, recipe = config.output_dir, Recipe.of(model.identity, model.run)
+    entry = record.history[-1]
+    wave, num_in_vain = plan, 0
+    while True:
+        # Every process, this one too, claims batches until none is left.
+        with console.show_progress(output_dir, wave, coordinator) as refresh:
+            coordinator.begin_wave(wave.to_bytes())
+            compress_level = entry.numerics["png_compress_level"]
+            make_images(config, model, wave, coordinator, compress_level=compress_level, on_step=refresh)
+            coordinator.end_wave()
+            coordinator.wait_for_others(refresh)
+        # Find out what is there; do not assume it.
+        parts = layout.part_paths(output_dir)
+        trusted = [path for path in parts if not coordinator.has_lost_part(layout.part_number(path))]
+        found = find_finished(output_dir, recipe, record.manifest_sha256, trusted_parts=trusted)
+        made = found.rows.image_indices()
+        missing = make_plan(plan.user_ids, plan.num_images_per_user, plan.batch_size, made, plan.shard)
+        changed = [*found.foreign_images, *((row.user_id, row.image_index) for row in found.edited)]
+        to_make = missing.without([*coordinator.reported("failed"), *changed])
+        num_in_vain = num_in_vain + 1 if to_make.num_pending >= wave.num_pending else 0
+        is_last = not to_make.num_pending or num_in_vain == WAVES_IN_VAIN
+        if is_last:
+            coordinator.end_waves()
+        rows = found.rows_to_keep()
+        record.manifest_sha256 = write_manifest(output_dir, rows, console.say_kept)
+        entry.published = plan.num_pending - missing.num_pending
+        entry.lost = list(coordinator.lost().values()) or None
+        if is_last:
+            return rows, missing
+        record.publish(output_dir)
+        console.note(f"{count(to_make.num_pending, 'image')} missing, made in another wave")
+        wave = to_make
+
+
 def _run_other(config: JobConfig, model: JobModel, coordinator: Coordinator) -> int:
-    """Check that this process sees the folder, receive the plan, and make images with the others."""
+    """Check that this process sees the folder, and make images with the others, wave after wave."""
+    if coordinator.has_ended():
+        return 0  # it comes too late
     shared_folder.look(config.output_dir, coordinator)
     run_hash, numerics = json.loads(coordinator.wait_for("run"))
     if run_hash != model.run:
@@ -236,16 +267,16 @@ def _run_other(config: JobConfig, model: JobModel, coordinator: Coordinator) -> 
             "precision; every machine needs the same files, the same command and, where that is bf16 or fp16, GPUs that all have "
             "bf16 or all have not"
         )
-    plan = Plan.from_bytes(coordinator.wait_for("plan"))
-    compress_level = numerics["png_compress_level"]
-    for name, there, here in changed_numerics(numerics, numerics_of(config, model, plan.batch_size, compress_level)):
+    batch_size, compress_level = numerics["batch_size"], numerics["png_compress_level"]
+    for name, there, here in changed_numerics(numerics, numerics_of(config, model, batch_size, compress_level)):
         if coordinator.is_first(f"{name} {here}"):
             console.warn(
                 f"{name} is {here} in {coordinator.name}, {there} in the main process; last bits may depend on who makes an "
                 "image"
             )
-    make_images(config, model, plan, coordinator, compress_level=compress_level, on_step=coordinator.check)
-    coordinator.finish()
+    for packed in coordinator.waves():
+        plan = Plan.from_bytes(packed)
+        make_images(config, model, plan, coordinator, compress_level=compress_level, on_step=coordinator.check)
     return 0
 
 

@@ -50,7 +50,8 @@ def look(output_dir: Path, coordinator: Coordinator) -> None:
     main_host, path = json.loads(coordinator.wait_for("shown"))
     mark = Path(path)
     for _ in range(NUM_LOOKS):
-        if os.path.exists(output_dir / mark.name):  # noqa: PTH110 - Path.exists raises where it may not look
+        is_seen = os.path.exists(output_dir / mark.name)  # noqa: PTH110 - Path.exists raises where it may not look
+        if is_seen or coordinator.has_ended():
             coordinator.set(f"seen/{coordinator.machine_index}")
             return
         coordinator.check()

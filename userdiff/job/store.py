@@ -1,7 +1,7 @@
 """What the processes of a job tell each other, through a c10d store and nothing else: no collective can time out.
 
-The store carries the frozen plan, the counter from which each process takes its next batch, progress, failed images,
-a sign of life from every process, and the one reason to end early.
+The store carries the plan of each wave, the counter from which each process takes its next batch, progress, failed
+images, a sign of life from every process, and the one reason to end early.
 """
 
 import json
@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import TypeVar
@@ -18,7 +18,8 @@ from typing import TypeVar
 from torch.distributed import DistError, Store
 
 from userdiff.config import UsageError
-from userdiff.job import launcher, store_client
+from userdiff.job import group, launcher, store_client
+from userdiff.job.group import Place
 from userdiff.job.store_client import SignsOfLife, StoreClient
 from userdiff.seeds import Item
 from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
@@ -27,6 +28,8 @@ MAX_NOTED = {"failed": math.inf, "flat": 1000}
 """How many images of a kind are noted by name. A model gone wrong may make nothing but images of one colour."""
 POLL_SECONDS = 0.05
 MAIN_SECONDS = 10.0  # that others leave the main process to print what is wrong with the arguments or models
+
+_HAS_NOT_JOINED = "has not joined the job yet"
 
 T = TypeVar("T")
 
@@ -48,7 +51,11 @@ def connect(shutdown: Shutdown, say: Callable[[str], None] = lambda line: None) 
 
 
 class Coordinator:
-    """One process's end of the store. Leaving its `with` block by an exception halts the others."""
+    """One process's end of the store. Leaving its `with` block by an exception halts the others.
+
+    From the first wave on, the job does without a process that is lost: one that gives no sign of life, or that a signal
+    has ended together with its machine.
+    """
 
     def __init__(
         self,
@@ -71,14 +78,18 @@ class Coordinator:
         self._count_lock = threading.Lock()
         self._signs = SignsOfLife()
         self._watched = range(1, num_processes) if process_index == 0 else range(1)
+        self._wave = 0  # the one that this process works in; 0 before the first
+        self._is_over = False  # for the main process: nobody is missed any longer
+        self._gone: set[int] = set()  # for the main process: who is gone in the midst of the waves ...
+        self._lost: dict[int, str] = {}  # ... or was for a while, and in which way
         self._say = say
         self._said: set[str] = set()
+        self._place: Place | None = None
         self._client = StoreClient(open_store, self._pulse, self._on_silence)
         try:
-            me = launcher.this_process()
-            launcher.check_claim(
-                self._ask(lambda store: store.compare_set(f"claim/{process_index}", "", me)).decode(), me
-            )
+            self._place = group.join(self._ask_launcher, process_index, num_processes, self._patience_to_join())
+            self._add(f"beat/{process_index}", 1)
+            self._set_wave(0)
             self.set(f"name/{process_index}", self.name)
         except BaseException:
             self._client.close()
@@ -88,6 +99,12 @@ class Coordinator:
     def is_main_process(self) -> bool:
         """True for the process that plans, merges and prints."""
         return self.process_index == 0
+
+    @property
+    def part_number(self) -> int:
+        """The number of this process's part of the manifest: its own, whoever was here before."""
+        num_before = self._place.num_before if self._place else 0
+        return self.process_index + num_before * self.num_processes
 
     def __enter__(self) -> "Coordinator":  # noqa: PYI034 - typing.Self is newer than Python 3.10
         return self
@@ -100,7 +117,7 @@ class Coordinator:
             if error is not None:
                 self.halt(error)
             self._ask(self._report_published)
-            self.set(f"left/{self.process_index}")
+            self.set(f"left/{self.process_index}", str(error or ""))
         self._client.close()
 
     # What one process tells the others
@@ -111,11 +128,7 @@ class Coordinator:
 
     def wait_for(self, key: str, on_poll: Callable[[], None] = lambda: None) -> bytes:
         """Return a value once a process has set it, calling `on_poll` until then."""
-        while not self._ask(lambda store: store.check([key])):
-            self.check()
-            self._say_who_is_missed()
-            on_poll()
-            time.sleep(POLL_SECONDS)
+        self._wait_until(lambda: self._ask(lambda store: store.check([key])), on_poll)
         return self._ask(lambda store: bytes(store.get(key)))
 
     def is_first(self, what: str) -> bool:
@@ -124,28 +137,69 @@ class Coordinator:
 
     def launch_id(self) -> str | None:
         """Return what is the same for all groups of processes of this launch alone; None where there is no launcher."""
-        return self._ask(lambda store: store.get("launch").decode() if store.check(["launch"]) else None)
+        return self._ask_launcher(lambda store: store.get("launch").decode() if store.check(["launch"]) else None)
 
-    # Batches
+    # Waves: the main process publishes a plan, all claim its batches, and what is missing then is the next one
+
+    def begin_wave(self, plan: bytes) -> None:
+        """Publish the plan of the next wave, and take part in it (main process)."""
+        number = self._wave + 1
+        self.set(f"plan/{number}", plan)
+        self._set_wave(number)
+        self._add("waves", 1)
+
+    def waves(self) -> Iterator[bytes]:
+        """Yield the plan of the wave that is under way, then of every later one, and take part in it."""
+        while not self.has_ended():
+            self._wait_until(lambda: self.has_ended() or self._add("waves", 0) > self._wave)
+            if not self.has_ended():
+                number = self._add("waves", 0)
+                plan = self.wait_for(f"plan/{number}")
+                self._set_wave(number)
+                yield plan
+                self.end_wave()
 
     def next_batch(self) -> int:
-        """Claim the next batch: 0, 1, 2, ..., each given to one process alone."""
+        """Claim the next batch of the wave: 0, 1, 2, ..., each given to one process alone."""
 
         def claim(store: Store) -> int:
             self._report_published(store)
-            return int(store.add("next_batch", 1)) - 1
+            return int(store.add(f"next_batch/{self._wave}", 1)) - 1
 
         return self._ask(claim)
 
-    def finish(self) -> None:
-        """Note that this process has nothing left to compute or write."""
+    def end_wave(self) -> None:
+        """Note that this process has nothing left to compute or write in this wave."""
         self._ask(self._report_published)
-        self.set(f"finished/{self.process_index}")
+        self.set(f"works_in/{self.process_index}", "0")
 
-    def wait_for_all(self, on_poll: Callable[[], None]) -> None:
-        """Wait until every process has finished, calling `on_poll` until then."""
-        for process_index in range(self.num_processes):
-            self.wait_for(f"finished/{process_index}", on_poll)
+    def wait_for_others(self, on_poll: Callable[[], None]) -> None:
+        """Wait until no other process works in this wave but those that are lost, calling `on_poll` until then.
+
+        Whoever has yet to come will find no batch.
+        """
+        for other in self._watched:
+            self._wait_until(partial(self._is_free, other), on_poll)
+
+    def _is_free(self, other: int) -> bool:
+        return other in self._gone or not self._works(other)
+
+    def end_waves(self) -> None:
+        """Let the other processes go: there will be no further wave (main process)."""
+        self._is_over = True
+        self.set("ended")
+
+    def has_ended(self) -> bool:
+        """Return whether there will be no further wave."""
+        return self._ask(lambda store: store.check(["ended"]))
+
+    def lost(self) -> dict[int, str]:
+        """Return the processes that the job has done without for a while, or from then on: index -> which, and how."""
+        return dict(self._lost)
+
+    def has_lost_part(self, part_number: int) -> bool:
+        """Return whether a part of the manifest is that of a process that was lost."""
+        return part_number % self.num_processes in self._lost
 
     # Progress and failures
 
@@ -185,7 +239,7 @@ class Coordinator:
         """Return the images of a kind that were noted so far, sorted."""
         numbers = range(1, int(min(self.num_reported(kind), MAX_NOTED[kind])) + 1)
         items = [json.loads(self.wait_for(f"{kind}/{number}")) for number in numbers]
-        return sorted((user_id, image_index) for user_id, image_index in items)
+        return sorted({(user_id, image_index) for user_id, image_index in items})
 
     # Ending early
 
@@ -201,6 +255,9 @@ class Coordinator:
         """End every process because of this error, in the words of `cause` if given; the first reason counts."""
         if isinstance(error, Halted):
             self.shutdown.set(error)
+        if isinstance(error, Stopped) and self.machine_index > 0 and self._add("waves", 0):
+            error.is_for_others = True
+            return
         cause = cause or f"{self.name}: {error or type(error).__name__}"
         exit_status = getattr(error, "exit_status", 1)
         signal_number = error.signal_number if isinstance(error, Stopped) else None
@@ -226,18 +283,44 @@ class Coordinator:
 
     # Waiting
 
+    def _wait_until(self, condition: Callable[[], bool], on_poll: Callable[[], None] = lambda: None) -> None:
+        while not condition():
+            self.check()
+            self._say_who_is_missed()
+            on_poll()
+            time.sleep(POLL_SECONDS)
+
     def _say_who_is_missed(self) -> None:
         """Print, once for each, which missing processes this one waits for."""
         for other in self._watched:
-            what = "gives no sign of life" if self._signs.has_joined(other) else "has not joined the job yet"
+            what = "gives no sign of life" if self._signs.has_joined(other) else _HAS_NOT_JOINED
             key = f"process {other} {what}"
-            if self._signs.is_silent(other, store_client.SPOKEN_AFTER_PULSES) and key not in self._said:
-                self._said.add(key)
-                if self.is_first(key) and not self._ask(partial(_has_left, other)):
-                    patience = _seconds(self._signs.patience(other))
-                    self._say(
-                        f"waiting for {self._ask(partial(_name, other))}, which {what}; given up after {patience}"
-                    )
+            if not self._signs.is_silent(other, store_client.SPOKEN_AFTER_PULSES) or key in self._said:
+                continue
+            if self._wave and self.is_main_process and not self._works(other):
+                continue  # nobody waits for it
+            self._said.add(key)
+            if self.is_first(key) and not self._ask(partial(_has_left, other)):
+                self._say_missed(self._ask(partial(_name, other)), what, self._signs.patience(other))
+
+    def _say_missed(self, name: str, what: str, pulses: int) -> None:
+        self._say(f"waiting for {name}, which {what}; given up after {_seconds(pulses)}")
+
+    def _patience_to_join(self) -> Callable[[], None]:
+        """Return what to call at each look for the main process: prints for whom it waits, and gives up in the end."""
+        num_looks = 0
+
+        def on_poll() -> None:
+            nonlocal num_looks
+            num_looks += 1
+            self.shutdown.check()
+            num_pulses, rest = divmod(num_looks, group.LOOKS_A_PULSE)
+            if rest == 0 and num_pulses == store_client.SPOKEN_AFTER_PULSES and launcher.local_process_index() == 0:
+                self._say_missed("process 0", _HAS_NOT_JOINED, store_client.JOIN_PULSES)
+            if num_pulses >= store_client.JOIN_PULSES:
+                raise Failed(f"process 0 has not joined the job within {_seconds(store_client.JOIN_PULSES)}")
+
+        return on_poll
 
     def _on_silence(self) -> bool:
         """Print, once, that this process waits for the store; returns whether to wait on for as long as it takes."""
@@ -255,14 +338,30 @@ class Coordinator:
 
     # The store
 
-    def _ask(self, operation: Callable[[Store], T]) -> T:
+    def _ask_launcher(self, operation: Callable[[Store], T]) -> T:
+        """Ask the part of the store that all groups of this launch share."""
         try:
             return self._client.ask(operation)
         except DistError as error:
             raise self._store_lost(error) from error
 
+    def _ask(self, operation: Callable[[Store], T]) -> T:
+        return self._ask_launcher(lambda store: operation(self._of_group(store)))
+
+    def _of_group(self, store: Store) -> Store:
+        assert self._place is not None  # nothing else is asked before
+        return group.prefixed(self._place.group, store)
+
     def _add(self, key: str, number: int) -> int:
         return self._ask(lambda store: int(store.add(key, number)))
+
+    def _works(self, other: int) -> bool:
+        """Return whether another process works in this one's wave."""
+        return self._ask(partial(_works_in, other)) == self._wave
+
+    def _set_wave(self, number: int) -> None:
+        self._wave = number
+        self.set(f"works_in/{self.process_index}", str(number))
 
     def _store_lost(self, error: DistError) -> Halted:
         """Return why the store is gone. It ends with the launcher, this machine's or that of the first machine."""
@@ -275,19 +374,37 @@ class Coordinator:
 
     def _pulse(self, store: Store) -> None:
         """Give a sign of life, look for those of others, and look for a reason to end until there is one."""
+        if self._place is None:
+            return
         try:
+            store = self._of_group(store)
             store.add(f"beat/{self.process_index}", 1)
             self._report_published(store)
             for other in self._watched:
                 self._signs.look_for(store, other)
+            if self.is_main_process and self._wave:
+                self._look_for_lost(store)
             if self.shutdown.reason is None:
                 self._look_for_reason(store)
         except DistError as error:
             if self.shutdown.reason is None:
                 self.shutdown.set(self._store_lost(error))
 
-    def _look_for_reason(self, store: Store) -> None:
+    def _look_for_lost(self, store: Store) -> None:
+        """Note who is gone while there are waves (main process)."""
+        gone = {}
         for other in self._watched:
+            if self._is_over or not self._signs.has_joined(other):
+                continue
+            if self._signs.is_silent(other, store_client.GONE_AFTER_PULSES) and _has_left(other, store):
+                gone[other] = f"{_name(other, store)}, {store.get(f'left/{other}').decode()}"
+            elif self._signs.is_silent(other, store_client.LOST_AFTER_PULSES):
+                gone[other] = f"{_name(other, store)}, no sign of life"
+        self._lost |= gone
+        self._gone = set(gone)
+
+    def _look_for_reason(self, store: Store) -> None:
+        for other in self._watched if not (self.is_main_process and self._wave) else ():
             patience = self._signs.patience(other)
             if self._signs.is_silent(other, patience) and not _has_left(other, store):
                 has_joined = self._signs.has_joined(other)
@@ -311,6 +428,12 @@ def _wait(condition: Callable[[], bool], seconds: float) -> bool:
 
 def _has_left(process_index: int, store: Store) -> bool:
     return bool(store.check([f"left/{process_index}"]))
+
+
+def _works_in(process_index: int, store: Store) -> int:
+    """Return in which wave a process works; 0 for none."""
+    key = f"works_in/{process_index}"
+    return int(store.get(key)) if store.check([key]) else 0
 
 
 def _name(process_index: int, store: Store) -> str:

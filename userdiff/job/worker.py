@@ -3,9 +3,10 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import chain, takewhile
 from threading import BoundedSemaphore
 from types import TracebackType
 
@@ -41,13 +42,17 @@ def make_images(
     compress_level: int,
     on_step: Callable[[], None],
 ) -> None:
-    """Claim batches until none is left; compute each, encode its images and publish them.
+    """Claim batches of a wave until none is left; compute each, encode its images and publish them.
 
     However this ends, what was computed is written and noted first. `on_step` is called before every UNet pass and
     while waiting for a GPU; what it raises ends the loop.
     """
+    claimed = takewhile(lambda number: number < len(plan.batches), iter(coordinator.next_batch, None))
+    first = next(claimed, None)
+    if first is None:  # who comes late must leave no file behind: the main process may have merged already
+        return
     recipe = Recipe.of(model.identity, model.run)
-    part = PartWriter(layout.part_path(config.output_dir, coordinator.process_index))
+    part = PartWriter(layout.part_path(config.output_dir, coordinator.part_number))
     pool = WriterPool(WRITER_THREADS, PENDING_BATCHES * plan.batch_size, on_wait=coordinator.check)
     with locks.writing(config.output_dir), part, pool as writers:
 
@@ -60,8 +65,8 @@ def make_images(
             if is_flat(pixels):
                 coordinator.report("flat", item)
 
-        for num_before, (number, batch) in enumerate(_batches(config, model, plan, coordinator, on_step)):
-            if number == 0 and batch.contradicts_range:
+        for num_before, (number, batch) in enumerate(_batches(config, model, plan, chain([first], claimed), on_step)):
+            if number == 0 and batch.contradicts_range and coordinator.is_first("range"):
                 chosen, other = config.vae_output_range, {"unit": "signed", "signed": "unit"}[config.vae_output_range]
                 console.warn(
                     f"the decoded images contradict --vae_output_range {chosen}; --vae_output_range {other} may be right"
@@ -87,15 +92,15 @@ def _look_at_memory(model: JobModel, plan: Plan, coordinator: Coordinator) -> No
 
 
 def _batches(
-    config: JobConfig, model: JobModel, plan: Plan, coordinator: Coordinator, on_step: Callable[[], None]
+    config: JobConfig, model: JobModel, plan: Plan, claimed: Iterable[int], on_step: Callable[[], None]
 ) -> Iterator[tuple[int, generate.Batch]]:
-    """Claim batches until none is left, and yield (number, batch) as soon as the images of one are on the host.
+    """Compute the batches that are claimed, and yield (number, batch) as soon as the images of one are on the host.
 
     A GPU computes the next batch while one is yielded, so at most two are under way.
     """
     under_way: deque[tuple[int, generate.Batch]] = deque()
     try:
-        while (number := coordinator.next_batch()) < len(plan.batches):
+        for number in claimed:
             items = [None if row == PADDING else plan.item(row) for row in plan.batches[number]]
             under_way.append((number, generate.start(config, model, items, on_step)))
             if len(under_way) > 1:

@@ -118,7 +118,8 @@ def merge_into(
             ways: Counter[str] = Counter()
             putting = _put_all({path: one.rows for path, one in found.items() if path != into}, own, into)
             # Closed, for its threads to have ended before anybody else holds the folder.
-            with PartWriter(layout.part_path(into, 0)) as part, closing(putting) as puts:
+            part_path = layout.part_path(into, 0)
+            with PartWriter(part_path) as part, closing(putting) as puts:
                 for source, row, way in shutdown.checked(track(puts, num_pending)):
                     ways[way] += 1
                     if way == "damaged":
@@ -127,7 +128,7 @@ def merge_into(
                         part.append(row)
                         entry.published += 1
             # From here on it is the end of any job.
-            at_end = find_finished(into, recipe, run_record.manifest_sha256, trust_parts=True)
+            at_end = find_finished(into, recipe, run_record.manifest_sha256, trusted_parts=[part_path])
             rows = at_end.rows
             entry.failed = [item for item in entry.failed if not rows.of_image(*item)]
             num_missing = sum(entry.wanted().values()) - sum(num_of_wanted(rows, entry).values())

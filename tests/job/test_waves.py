@@ -1,0 +1,202 @@
+"""Processes that die, leave, come late or come back: what they leave undone is made by the others."""
+
+import shutil
+import signal
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.distributed import HashStore
+
+from tests.checkpoints import model_flags
+from tests.jobs import last_run, tree
+from userdiff.config import parse_args
+from userdiff.dataset import layout
+from userdiff.dataset.manifest import PartWriter
+from userdiff.dataset.rows import read_lines
+from userdiff.diffusion.model import load_model
+from userdiff.job import run, store_client
+from userdiff.job.run import run_process
+from userdiff.job.store import Coordinator
+from userdiff.shutdown import Halted, Shutdown, Stopped
+from userdiff.tools.status import read_status
+from userdiff.tools.verify import verify
+
+
+class Killed(BaseException):
+    """What SIGKILL is to a process: from here on it does nothing, and tells nobody."""
+
+
+class Process(Coordinator):
+    """A process that is on a machine of its own, and comes to its end at a claim or a row of a certain number."""
+
+    def __init__(self, store, process_index, num_processes, end, has_come):
+        self.has_ended_early = False
+        self.end, self.has_come, self.counts = end, has_come, {"claim": 0, "row": 0}
+        place = {"machine_index": process_index, "num_machines": num_processes, "shutdown": Shutdown()}
+        super().__init__(lambda: store, process_index, num_processes, **place)
+
+    def reach(self, point):
+        """Count a claim or a row, and come to the end if it is this one."""
+        if self.end is None:
+            return
+        where, number, how = self.end
+        self.counts[point] += 1
+        if point == where and self.counts[point] > number:
+            self.has_ended_early = True
+            self.has_come.set()
+            if how == "stopped":
+                self.shutdown.set(Stopped(signal.SIGTERM))
+            else:
+                self._client.close()
+                raise Killed
+
+    def next_batch(self):
+        if self.is_main_process:
+            self.has_come.wait(30)
+        number = super().next_batch()
+        self.reach("claim")  # whatever it has claimed by now, it does not make
+        return number
+
+
+@pytest.fixture(scope="module")
+def job(checkpoint):
+    """A job with its model loaded once: `job(folder, 3, {1: ("row", 4, "killed")})` plays three processes of it."""
+    flags = [*model_flags(checkpoint), "--num_inference_steps", "1", "--num_images_per_user", "9", "--batch_size", "4"]
+    model = load_model(parse_args(flags), torch.device("cpu"), "no")
+
+    def play_all(folder, num_processes, ends, *, is_certain=False):
+        """With `is_certain`, the main process claims nothing before an end has come."""
+        config = parse_args([*flags, "--output_dir", str(folder)])
+        store, players, has_come = HashStore(), {}, threading.Event()
+        if not is_certain:
+            has_come.set()
+
+        def append(part, row):
+            number = int(part._path.stem[-5:])
+            players[number % num_processes].reach("row")
+            append_row(part, row)
+
+        def play(process_index):
+            player = Process(store, process_index, num_processes, ends.get(process_index), has_come)
+            players[process_index] = player
+            try:
+                with player:
+                    return run_process(config, model, player)
+            except (Killed, Halted):
+                if not player.has_ended_early:
+                    raise
+
+        append_row, PartWriter.append = PartWriter.append, append
+        try:
+            with ThreadPoolExecutor(num_processes) as threads:
+                return list(threads.map(play, range(num_processes)))
+        finally:
+            PartWriter.append = append_row
+
+    return play_all
+
+
+@pytest.fixture(scope="module")
+def reference(job, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    assert job(folder, 1, {}) == [0]
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def impatient():
+    """A process that is silent for two seconds is lost."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_client, "PULSE_SECONDS", 0.05)
+        patch.setattr(store_client, "LOST_AFTER_PULSES", 40)
+        yield
+
+
+ENDS = st.tuples(st.sampled_from(["claim", "row"]), st.integers(0, 6), st.sampled_from(["killed", "stopped"]))
+
+
+@given(num_processes=st.integers(2, 8), ends=st.dictionaries(st.integers(1, 7), ENDS))
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whoever_dies_or_leaves_the_others_make_every_image_once(job, reference, tmp_path_factory, num_processes, ends):
+    out = tmp_path_factory.mktemp("out")
+    assert job(out, num_processes, ends)[0] == 0
+    assert tree(out) == tree(reference)
+    assert {path.name for path in out.iterdir()} - {".userdiff.writers"} == {path.name for path in reference.iterdir()}
+    entry = last_run(out)
+    assert (entry["state"], entry["published"], entry["failed"]) == ("ended", 45, [])
+    assert len(entry.get("lost", [])) <= len(ends)
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        (("claim", 1, "killed"), "no sign of life"),
+        (("row", 2, "killed"), "no sign of life"),
+        (("row", 2, "stopped"), "stopped by SIGTERM"),
+    ],
+)
+def test_a_loss_is_told_of_and_recorded(job, reference, tmp_path, capsys, end, how):
+    out = tmp_path / "out"
+    assert job(out, 3, {1: end}, is_certain=True)[0] == 0
+    assert tree(out) == tree(reference)
+    which = f"process 1 on {socket.gethostname()}, {how}"
+    said = capsys.readouterr()
+    assert f"Warning: {which}: lost, the others make what it leaves\n" in said.err
+    assert f"Lost: 1 of 3 processes was lost ({which}); the others made what was left\n" in said.out
+    if end[0] == "claim":  # of what it has computed, more or less may have come to the disk
+        assert "Note: 4 images missing, made in another wave\n" in said.out
+    assert last_run(out)["lost"] == [which]
+    assert (read_status(out).state, verify(out, deep=True)) == ("complete", [])
+
+
+def test_what_a_lost_machine_noted_is_read_before_it_is_believed(job, reference, tmp_path, monkeypatch):
+    """Its rows may name files that its power cut has emptied: here, of the right size."""
+    out, find_finished = tmp_path / "out", run.find_finished
+
+    def cut_power_and_find(output_dir, *args, **options):
+        for row in read_lines(layout.part_path(output_dir, 1)):
+            path = output_dir / row.file_name
+            path.write_bytes(bytes(path.stat().st_size))
+            emptied.append(row.file_name)
+        return find_finished(output_dir, *args, **options)
+
+    emptied = []
+    monkeypatch.setattr(run, "find_finished", cut_power_and_find)
+    assert job(out, 3, {1: ("row", 3, "killed")}, is_certain=True)[0] == 0
+    assert emptied
+    assert tree(out) == tree(reference)
+
+
+def test_images_that_go_while_the_job_runs_are_made_again_by_it(job, reference, tmp_path, monkeypatch):
+    out, make_images, calls = tmp_path / "out", run.make_images, []
+
+    def make_and_lose(*args, **options):
+        make_images(*args, **options)
+        calls.append(args)
+        if len(calls) == 1:
+            shutil.rmtree(out / "user_02")
+
+    monkeypatch.setattr(run, "make_images", make_and_lose)
+    assert job(out, 1, {}) == [0]
+    assert tree(out) == tree(reference)
+    assert last_run(out)["published"] == 45
+
+
+def test_what_goes_again_and_again_is_given_up(job, tmp_path, monkeypatch, capsys):
+    out, make_images, calls = tmp_path / "out", run.make_images, []
+
+    def make_and_lose(*args, **options):
+        make_images(*args, **options)
+        calls.append(args)
+        (out / "user_02" / "generated_003.png").unlink()
+
+    monkeypatch.setattr(run, "make_images", make_and_lose)
+    assert job(out, 2, {})[0] == 1
+    assert len([args for args in calls if args[3].is_main_process]) == 1 + run.WAVES_IN_VAIN
+    assert "Failed: 1 image is gone or changed since written" in capsys.readouterr().out
+    assert last_run(out)["failed"] == [[2, 3]]

@@ -1,0 +1,186 @@
+"""Machines and processes that are lost, suspended, late or come back: the others complete the dataset."""
+
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import model_flags
+from tests.jobs import free_port, images_in, last_run, run_job, start, start_machines, tree, wait_for
+from tests.processes import Job, our_tracebacks, send
+
+IMPATIENT = """
+import sys
+import time
+from userdiff.job import store_client
+store_client.LOST_AFTER_PULSES = 5
+from userdiff.cli import generate
+sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))
+"""
+
+
+SLOW = """
+import sys, time
+from userdiff.diffusion import generate as diffusion
+start = diffusion.start
+
+def start_late(*args):
+    time.sleep(0.1)
+    return start(*args)
+
+diffusion.start = start_late
+"""
+
+
+@pytest.fixture(scope="module")
+def flags(checkpoint):
+    return [*model_flags(checkpoint), "--num_inference_steps", 2, "--batch_size", 4, "--num_images_per_user", 150]
+
+
+@pytest.fixture(scope="module")
+def reference(flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    assert run_job(*flags, "--output_dir", folder) == 0
+    return tree(folder)
+
+
+@pytest.fixture
+def impatient(tmp_path):
+    """batch_generate.py, but for the minute after which a process is lost."""
+    script = tmp_path / "batch_generate.py"
+    script.write_text(IMPATIENT)
+    return script
+
+
+@pytest.fixture
+def jobs():
+    """Launchers of a test, ended with all that they have started."""
+    started: list[Job] = []
+    yield started
+    for job in started:
+        job.end({})
+
+
+def workers(job):
+    """The processes that a launcher has started, by their index in the job."""
+    found = {}
+    for pid, stat in job.family().items():
+        if stat.parent == job.process.pid and (index := variable(pid, "RANK")):
+            found[int(index)] = pid
+    return found
+
+
+def variable(pid, name):
+    environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return next((entry.partition("=")[2] for entry in environment if entry.startswith(f"{name}=")), None)
+
+
+def parts(out):
+    return {path.name for path in out.glob("manifest.part-*")}
+
+
+HOST = socket.gethostname()
+
+
+@pytest.mark.parametrize("what", ["a process is killed", "a machine is killed", "a machine is told to end"])
+def test_a_loss_costs_its_unfinished_batches_and_not_the_job(flags, reference, impatient, jobs, tmp_path, what):
+    out = tmp_path / "out"
+    each = 1 if what == "a process is killed" else 2
+    jobs += start_machines(2, each, [*flags, "--output_dir", out], impatient)
+    first, second = jobs
+    wait_for(lambda: len(parts(out)) == 2 * each and len(images_in(out)) >= 20)
+    family = second.family()
+    if what == "a process is killed":
+        send(list(workers(second).values()), signal.SIGKILL)
+    elif what == "a machine is killed":
+        send([second.process.pid, *family], signal.SIGKILL)
+    else:
+        second.process.terminate()
+    assert second.wait(60, family)
+    assert len(images_in(out)) < 750
+    assert first.wait(120, first.family())
+    assert (first.process.returncode, our_tracebacks(first.stderr)) == (0, [])
+    assert second.process.returncode != 0
+    assert tree(out) == reference
+    how = "stopped by SIGTERM" if what == "a machine is told to end" else "no sign of life"
+    lost = [f"process {index} on {HOST}, {how}" for index in range(each, 2 * each)]
+    assert last_run(out)["lost"] == lost
+    assert (
+        f"Lost: {each} of {2 * each} processes {'was' if each == 1 else 'were'} lost ({'; '.join(lost)})"
+        in first.stdout
+    )
+    for which in lost:
+        assert f"Warning: {which}: lost, the others make what it leaves\n" in first.stderr
+    line = f"batch_generate.py: stopped by SIGTERM; what is done is kept in {out}, the rest is left to the other machines\n"
+    assert second.stderr.count(line) == (what == "a machine is told to end")
+
+
+@pytest.mark.parametrize("when", ["while the others work", "when they have ended"])
+def test_a_process_that_was_suspended_does_no_harm_when_it_goes_on(flags, reference, impatient, jobs, tmp_path, when):
+    out = tmp_path / "out"
+    impatient.write_text(SLOW + IMPATIENT)
+    jobs += start_machines(2, 1, [*flags, "--output_dir", out], impatient)
+    second = jobs[1]
+    wait_for(lambda: len(parts(out)) == 2 and len(images_in(out)) >= 20)
+    (pid,) = workers(second).values()
+    send([pid], signal.SIGSTOP)
+    if when == "while the others work":
+        time.sleep(8)
+        assert len(images_in(out)) < 750
+    else:
+        wait_for(lambda: last_run(out)["state"] == "ended")
+        assert tree(out) == reference
+    send([pid], signal.SIGCONT)
+    for job in jobs:
+        assert job.wait(120, job.family())
+        assert (job.process.returncode, our_tracebacks(job.stderr)) == (0, [])
+    assert tree(out) == reference
+    assert not parts(out)
+
+
+# torchrun, whose machines come and go
+
+
+def test_machines_of_an_elastic_launch_come_late_go_and_come_back(flags, reference, impatient, jobs, tmp_path):
+    """torchrun restarts all processes whenever a machine joins, without counting it; the folder goes on."""
+    out, port = tmp_path / "out", free_port()
+    impatient.write_text(SLOW + IMPATIENT)
+
+    def join():
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=1:2",
+            "--nproc_per_node=1",
+            "--max_restarts=3",
+        ]
+        command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_conf=last_call_timeout=1"]
+        jobs.append(Job(start([*command, impatient, "--device", "cpu", *flags, "--output_dir", out])))
+        return jobs[-1]
+
+    def is_by(number):
+        """Whether so many processes make images now."""
+        return (
+            out.exists()
+            and (out / "run.json").exists()
+            and last_run(out)["num_processes"] == number
+            and len(parts(out)) == number
+        )
+
+    first = join()
+    wait_for(lambda: is_by(1))
+    second = join()
+    wait_for(lambda: is_by(2))
+    family = second.family()
+    send([second.process.pid, *family], signal.SIGKILL)
+    third = join()
+    wait_for(lambda: last_run(out)["state"] == "ended")
+    assert tree(out) == reference
+    for job in (first, third):
+        assert job.wait(120, job.family())
+        assert our_tracebacks(job.stderr) == []
+    assert first.process.returncode == 0
