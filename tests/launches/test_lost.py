@@ -145,7 +145,10 @@ def test_a_process_that_was_suspended_does_no_harm_when_it_goes_on(flags, refere
 
 
 def test_machines_of_an_elastic_launch_come_late_go_and_come_back(flags, reference, impatient, jobs, tmp_path):
-    """torchrun restarts all processes whenever a machine joins, without counting it; the folder goes on."""
+    """torchrun restarts all processes whenever a machine joins, without counting it; the folder goes on.
+
+    With its own store it does not let a machine in that comes late (torch 2.13): the first one forgets to say where that is.
+    """
     out, port = tmp_path / "out", free_port()
     impatient.write_text(SLOW + IMPATIENT)
 
@@ -159,7 +162,14 @@ def test_machines_of_an_elastic_launch_come_late_go_and_come_back(flags, referen
             "--max_restarts=3",
         ]
         command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_conf=last_call_timeout=1"]
-        jobs.append(Job(start([*command, impatient, "--device", "cpu", *flags, "--output_dir", out])))
+        jobs.append(
+            Job(
+                start(
+                    [*command, impatient, "--device", "cpu", *flags, "--output_dir", out],
+                    TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+                )
+            )
+        )
         return jobs[-1]
 
     def is_by(number):
@@ -183,4 +193,4 @@ def test_machines_of_an_elastic_launch_come_late_go_and_come_back(flags, referen
     for job in (first, third):
         assert job.wait(120, job.family())
         assert our_tracebacks(job.stderr) == []
-    assert first.process.returncode == 0
+        assert job.process.returncode == 0

@@ -34,6 +34,11 @@ def is_launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def has_own_store() -> bool:
+    """Return whether the launcher keeps a store itself, which lasts as long as the launch."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "True") == "True"
+
+
 def check_environment() -> None:
     """Raise UsageError for variables that say what is not so, and that torch or accelerate would believe."""
     if is_launched():
@@ -47,6 +52,15 @@ def check_environment() -> None:
             )
     if device := os.environ.get("ACCELERATE_TORCH_DEVICE"):
         raise UsageError(f"ACCELERATE_TORCH_DEVICE: {device} in the environment, needed: not set; --device says which")
+
+
+def check_overwrite(config: JobConfig) -> None:
+    """Raise UsageError for --overwrite where nothing tells a group that the launcher starts again from another launch."""
+    if config.overwrite and is_launched() and not has_own_store():
+        raise UsageError(
+            "--overwrite: with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 nothing tells a restart from a new launch, and each would "
+            "start again; needed: another folder, or remove what is there"
+        )
 
 
 def _check_launch() -> None:
@@ -168,6 +182,7 @@ def this_process() -> str:
 def open_store() -> "Store":
     """Open the launch's store: the launcher's own, on its address and port; in memory where there is none.
 
+    A launcher that keeps none of its own has the main process keep one, anew whenever it starts the processes again.
     A key `launch` has what is the same for all groups of processes that the launcher starts, and for no other launch.
     """
     from torch.distributed import HashStore, PrefixStore, TCPStore
@@ -175,7 +190,8 @@ def open_store() -> "Store":
     if not is_launched():
         return HashStore()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    server = TCPStore(host, port, is_master=False, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
+    is_master = not has_own_store() and process_index() == 0
+    server = TCPStore(host, port, is_master=is_master, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
     server.set_timeout(_NO_TIMEOUT)
     store = PrefixStore(f"userdiff/{os.environ['TORCHELASTIC_RUN_ID']}", server)
     store.compare_set("launch", "", uuid4().hex)

@@ -261,6 +261,13 @@ def _remove(output_dir: Path, own: Collection[Item], shutdown: Shutdown) -> Path
         return edited
 
 
+def make_user_folders(output_dir: Path, plan: Plan) -> None:
+    """Make the folders of the users who have images in the plan, where there are none."""
+    for user_id, number in plan.wanted.items():
+        if number:
+            (output_dir / layout.file_name(user_id, 0)).parent.mkdir(exist_ok=True)
+
+
 def _forget_writers(output_dir: Path) -> None:
     with suppress(ValueError, OSError):  # one may still be writing: the next job will wait for it
         locks.wait_for_writers(output_dir, seconds=0)

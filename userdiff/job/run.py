@@ -66,6 +66,7 @@ def run(config: JobConfig, shutdown: Shutdown) -> int:
     job.
     """
     launcher.check_environment()
+    launcher.check_overwrite(config)
     launcher.shard_of(config)  # one that cannot be told is refused before models are loaded
     device = choose_device(config.device)
     with store.connect(shutdown, console.note) as coordinator:
@@ -196,8 +197,7 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
         # Prepare the folder. The manifest takes in the rows of an interrupted run's parts.
         remove_temporaries(output_dir)
         with errors_of("--output_dir"):
-            for user_id in (user_id for user_id, number in plan.wanted.items() if number):
-                (output_dir / layout.file_name(user_id, 0)).parent.mkdir(exist_ok=True)
+            output_folder.make_user_folders(output_dir, plan)
         if opened.edited_manifest:
             console.say_kept(opened.edited_manifest)
         record.manifest_sha256 = write_manifest(output_dir, found.rows_to_keep(), console.say_kept)
@@ -251,6 +251,7 @@ def make_missing(
         if is_last:
             return rows, missing
         record.publish(output_dir)
+        output_folder.make_user_folders(output_dir, plan)
         console.note(f"{count(to_make.num_pending, 'image')} missing, made in another wave")
         wave = to_make
 

@@ -16,13 +16,14 @@ from userdiff.shutdown import Halted
 
 LOOK_SECONDS = 0.2
 NUM_LOOKS = 450  # 90 s: network file systems cache the content of a folder for up to a minute
+SEEN_SECONDS = 100.0
 
 
 @contextmanager
 def shown(output_dir: Path, coordinator: Coordinator) -> Iterator[None]:
     """Put a file into the folder, and go on once a process of every other machine has seen it (main process).
 
-    Its name is new, so that no machine has cached it as missing. It stays until the job ends, for processes that come
+    A machine that does not see it has ended the job by SEEN_SECONDS; one that has not come by then is not waited for. Its name is new, so that no machine has cached it as missing. It stays until the job ends, for processes that come
     late. Call it only while holding the folder's lock: files that killed jobs left are removed with it.
     """
     try:
@@ -31,8 +32,9 @@ def shown(output_dir: Path, coordinator: Coordinator) -> Iterator[None]:
             with errors_of("--output_dir"):
                 mark.touch()
             coordinator.set("shown", json.dumps([socket.gethostname(), str(mark.absolute())]))
-            for machine in range(1, coordinator.num_machines):
-                coordinator.wait_for(f"seen/{machine}")
+            deadline = time.monotonic() + SEEN_SECONDS
+            seen = [f"seen/{machine}" for machine in range(1, coordinator.num_machines)]
+            coordinator.wait_until(lambda: all(map(coordinator.has, seen)) or time.monotonic() > deadline)
         yield
     finally:
         for path in shared_mark_paths(output_dir):

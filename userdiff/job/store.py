@@ -27,6 +27,7 @@ from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
 MAX_NOTED = {"failed": math.inf, "flat": 1000}
 """How many images of a kind are noted by name. A model gone wrong may make nothing but images of one colour."""
 POLL_SECONDS = 0.05
+LEAVE_SECONDS = 5.0  # for processes that have nothing left to do
 MAIN_SECONDS = 10.0  # that others leave the main process to print what is wrong with the arguments or models
 
 _HAS_NOT_JOINED = "has not joined the job yet"
@@ -53,8 +54,8 @@ def connect(shutdown: Shutdown, say: Callable[[str], None] = lambda line: None) 
 class Coordinator:
     """One process's end of the store. Leaving its `with` block by an exception halts the others.
 
-    From the first wave on, the job does without a process that is lost: one that gives no sign of life, or that a signal
-    has ended together with its machine.
+    The job does without a process that is lost: one that gives no sign of life, or that a signal has ended together with its
+    machine. Without the main process, it ends.
     """
 
     def __init__(
@@ -118,6 +119,8 @@ class Coordinator:
                 self.halt(error)
             self._ask(self._report_published)
             self.set(f"left/{self.process_index}", str(error or ""))
+            if self.is_main_process and not launcher.has_own_store():
+                self.wait_until_left(LEAVE_SECONDS)  # the store goes with this process
         self._client.close()
 
     # What one process tells the others
@@ -126,9 +129,21 @@ class Coordinator:
         """Set a value, which any process may wait for."""
         self._ask(lambda store: store.set(key, value))  # type: ignore[arg-type] # bytes go too
 
+    def has(self, key: str) -> bool:
+        """Return whether some process has set a value."""
+        return self._ask(lambda store: store.check([key]))
+
+    def wait_until(self, condition: Callable[[], bool], on_poll: Callable[[], None] = lambda: None) -> None:
+        """Wait until something is so, calling `on_poll` until then; what it raises, or a reason to end, ends the wait."""
+        while not condition():
+            self.check()
+            self._say_who_is_missed()
+            on_poll()
+            time.sleep(POLL_SECONDS)
+
     def wait_for(self, key: str, on_poll: Callable[[], None] = lambda: None) -> bytes:
         """Return a value once a process has set it, calling `on_poll` until then."""
-        self._wait_until(lambda: self._ask(lambda store: store.check([key])), on_poll)
+        self.wait_until(partial(self.has, key), on_poll)
         return self._ask(lambda store: bytes(store.get(key)))
 
     def is_first(self, what: str) -> bool:
@@ -151,7 +166,7 @@ class Coordinator:
     def waves(self) -> Iterator[bytes]:
         """Yield the plan of the wave that is under way, then of every later one, and take part in it."""
         while not self.has_ended():
-            self._wait_until(lambda: self.has_ended() or self._add("waves", 0) > self._wave)
+            self.wait_until(lambda: self.has_ended() or self._add("waves", 0) > self._wave)
             if not self.has_ended():
                 number = self._add("waves", 0)
                 plan = self.wait_for(f"plan/{number}")
@@ -179,7 +194,7 @@ class Coordinator:
         Whoever has yet to come will find no batch.
         """
         for other in self._watched:
-            self._wait_until(partial(self._is_free, other), on_poll)
+            self.wait_until(partial(self._is_free, other), on_poll)
 
     def _is_free(self, other: int) -> bool:
         return other in self._gone or not self._works(other)
@@ -191,7 +206,7 @@ class Coordinator:
 
     def has_ended(self) -> bool:
         """Return whether there will be no further wave."""
-        return self._ask(lambda store: store.check(["ended"]))
+        return self.has("ended")
 
     def lost(self) -> dict[int, str]:
         """Return the processes that the job has done without for a while, or from then on: index -> which, and how."""
@@ -255,7 +270,7 @@ class Coordinator:
         """End every process because of this error, in the words of `cause` if given; the first reason counts."""
         if isinstance(error, Halted):
             self.shutdown.set(error)
-        if isinstance(error, Stopped) and self.machine_index > 0 and self._add("waves", 0):
+        if isinstance(error, Stopped) and self.machine_index > 0:
             error.is_for_others = True
             return
         cause = cause or f"{self.name}: {error or type(error).__name__}"
@@ -283,17 +298,11 @@ class Coordinator:
 
     # Waiting
 
-    def _wait_until(self, condition: Callable[[], bool], on_poll: Callable[[], None] = lambda: None) -> None:
-        while not condition():
-            self.check()
-            self._say_who_is_missed()
-            on_poll()
-            time.sleep(POLL_SECONDS)
-
     def _say_who_is_missed(self) -> None:
         """Print, once for each, which missing processes this one waits for."""
         for other in self._watched:
-            what = "gives no sign of life" if self._signs.has_joined(other) else _HAS_NOT_JOINED
+            has_joined = self._signs.has_joined(other)
+            what = "gives no sign of life" if has_joined else _HAS_NOT_JOINED
             key = f"process {other} {what}"
             if not self._signs.is_silent(other, store_client.SPOKEN_AFTER_PULSES) or key in self._said:
                 continue
@@ -301,14 +310,12 @@ class Coordinator:
                 continue  # nobody waits for it
             self._said.add(key)
             if self.is_first(key) and not self._ask(partial(_has_left, other)):
-                self._say_missed(self._ask(partial(_name, other)), what, self._signs.patience(other))
-
-    def _say_missed(self, name: str, what: str, pulses: int) -> None:
-        self._say(f"waiting for {name}, which {what}; given up after {_seconds(pulses)}")
+                given_up = f"; given up after {_seconds(store_client.LOST_AFTER_PULSES)}" if has_joined else ""
+                self._say(f"waiting for {self._ask(partial(_name, other))}, which {what}{given_up}")
 
     def _patience_to_join(self) -> Callable[[], None]:
         """Return what to call at each look for the main process: prints for whom it waits, and gives up in the end."""
-        num_looks = 0
+        num_looks, patience = 0, _seconds(store_client.JOIN_PULSES)
 
         def on_poll() -> None:
             nonlocal num_looks
@@ -316,9 +323,9 @@ class Coordinator:
             self.shutdown.check()
             num_pulses, rest = divmod(num_looks, group.LOOKS_A_PULSE)
             if rest == 0 and num_pulses == store_client.SPOKEN_AFTER_PULSES and launcher.local_process_index() == 0:
-                self._say_missed("process 0", _HAS_NOT_JOINED, store_client.JOIN_PULSES)
+                self._say(f"waiting for process 0, which {_HAS_NOT_JOINED}; given up after {patience}")
             if num_pulses >= store_client.JOIN_PULSES:
-                raise Failed(f"process 0 has not joined the job within {_seconds(store_client.JOIN_PULSES)}")
+                raise Failed(f"process 0 has not joined the job within {patience}", is_alone=True)
 
         return on_poll
 
@@ -382,7 +389,7 @@ class Coordinator:
             self._report_published(store)
             for other in self._watched:
                 self._signs.look_for(store, other)
-            if self.is_main_process and self._wave:
+            if self.is_main_process:
                 self._look_for_lost(store)
             if self.shutdown.reason is None:
                 self._look_for_reason(store)
@@ -391,25 +398,23 @@ class Coordinator:
                 self.shutdown.set(self._store_lost(error))
 
     def _look_for_lost(self, store: Store) -> None:
-        """Note who is gone while there are waves (main process)."""
+        """Note who is gone before the job needs nobody any longer (main process)."""
         gone = {}
         for other in self._watched:
             if self._is_over or not self._signs.has_joined(other):
                 continue
             if self._signs.is_silent(other, store_client.GONE_AFTER_PULSES) and _has_left(other, store):
-                gone[other] = f"{_name(other, store)}, {store.get(f'left/{other}').decode()}"
+                if reason := store.get(f"left/{other}").decode():
+                    gone[other] = f"{_name(other, store)}, {reason}"
             elif self._signs.is_silent(other, store_client.LOST_AFTER_PULSES):
                 gone[other] = f"{_name(other, store)}, no sign of life"
         self._lost |= gone
         self._gone = set(gone)
 
     def _look_for_reason(self, store: Store) -> None:
-        for other in self._watched if not (self.is_main_process and self._wave) else ():
-            patience = self._signs.patience(other)
-            if self._signs.is_silent(other, patience) and not _has_left(other, store):
-                has_joined = self._signs.has_joined(other)
-                what = "has given no sign of life for" if has_joined else "has not joined the job within"
-                _set_reason(store, f"{_name(other, store)} {what} {_seconds(patience)}")
+        patience = store_client.LOST_AFTER_PULSES
+        if not self.is_main_process and self._signs.is_silent(0, patience) and not _has_left(0, store):
+            _set_reason(store, f"{_name(0, store)} has given no sign of life for {_seconds(patience)}")
         if store.check(["halt"]):
             self.shutdown.set(_reason(store.get("halt")))
 

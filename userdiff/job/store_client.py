@@ -14,7 +14,7 @@ from torch.distributed import DistError, Store
 PULSE_SECONDS = 1.0
 LOST_AFTER_PULSES = 60  # in our own pulses: they do not count the time in which this process was suspended itself
 GONE_AFTER_PULSES = 3  # for a process that was told to leave
-JOIN_PULSES = 600  # for a process that has not joined yet: it may start later, and load torch from a slow disk
+JOIN_PULSES = 600  # for a main process that has not come yet: it may start later, and load torch from a slow disk
 SPOKEN_AFTER_PULSES = 6  # whom or what one waits for
 CLOSE_SECONDS = 2.0
 
@@ -40,10 +40,6 @@ class SignsOfLife:
     def is_silent(self, other: int, looks: int) -> bool:
         """Return whether so many looks in a row found nothing new of another process."""
         return self._seen.get(other, (0, 0))[1] >= looks
-
-    def patience(self, other: int) -> int:
-        """Return after how many looks that find nothing new another process is given up."""
-        return LOST_AFTER_PULSES if self.has_joined(other) else JOIN_PULSES
 
 
 class StoreClient:
