@@ -5,8 +5,13 @@
 A round starts the job as a user would, with 1 to 3 processes, now and then as two machines on loopback, waits for a
 random moment after its first new image and kills something of it. Then every process has to go, what lies under a final
 name has to be whole and right, and sometimes a file is damaged. The next round runs the same command; the one that comes
-to its end has to leave the very bytes of a run that nobody disturbed. What is chosen is a function of the seed and the
-number of the round.
+to its end has to leave the very bytes of a run that nobody disturbed. Where the second machine is struck, the first one
+has to come to its end by itself: a process is killed, told to end, or suspended and woken again, or all of them are. What
+is chosen is a function of the seed and the number of the round.
+
+    python -m tests.chaos --losses --kills 100
+
+strikes second machines alone.
 """
 
 import argparse
@@ -43,6 +48,7 @@ TWO_MACHINES_EVERY = 5  # rounds, if nobody says otherwise; they take the longes
 MAX_FAILURES = 5
 ANY = 10**6  # images may be missing
 JOB_SECONDS = 240  # no run takes that long
+SUSPENDED_SECONDS = 25.0  # longer than a process is missed
 SECONDS_TO_GO = 30.0  # after a kill, for every process of the job
 IMPATIENT = """
 import sys
@@ -69,26 +75,34 @@ class Choices:
     is_damaging: bool
 
     @classmethod
-    def draw(cls, rng: Random, num_machines: int) -> "Choices":
+    def draw(cls, rng: Random, num_machines: int, *, is_loss: bool = False) -> "Choices":
+        """Draw what a round is to be; `is_loss`: of two machines, the second one is struck."""
         num_processes = rng.choices([1, 2, 3], [2, 1, 1])[0]  # launches take longer to start
         missing = rng.choices([ANY, rng.randint(1, 12), 0], [6, 2, 1])[0]
         delay = rng.uniform(0, 0.5 if missing == 0 else 1.5 if missing == ANY else 0.1)
         machine, targets = 0, ["worker", "workers", "launcher", "all"]
         if num_machines > 1:
             num_processes = num_machines * rng.choice([1, 2])
-            machine, targets = rng.randrange(num_machines), ["worker", "launcher", "machine"]
+            machine = 1 if is_loss else rng.randrange(num_machines)
+            targets = ["worker", "launcher", "machine"]
+        signals = [signal.SIGKILL, signal.SIGTERM, *([signal.SIGSTOP] if machine else [])]
         return cls(
             num_processes=num_processes,
             num_machines=num_machines,
             machine=machine,
-            signal_number=rng.choice([signal.SIGKILL, signal.SIGTERM]),
+            signal_number=rng.choice(signals),
             target=rng.choice(targets) if num_processes > 1 else "process",
-            worker=rng.randrange(num_processes),
+            worker=rng.randrange(num_processes // num_machines),
             missing=missing,
             delay=delay,
             is_while_writing=rng.random() < 1 / 2,
             is_damaging=rng.random() < 1 / 3,
         )
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether the job is to do without what is struck."""
+        return self.machine > 0
 
     @property
     def kind(self) -> str:
@@ -108,8 +122,13 @@ class Launches:
 
     @property
     def status(self) -> int | None:
-        """0 if all ended well."""
-        return next((job.process.returncode for job in self.jobs if job.process.returncode != 0), 0)
+        """That of the first machine; 0 if the dataset is complete."""
+        return self.jobs[0].process.returncode
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether any machine's launcher has."""
+        return any(job.process.returncode for job in self.jobs)
 
     @property
     def stderr(self) -> str:
@@ -159,8 +178,17 @@ class Chaos:
     """Rounds, until so many kills have been and the last dataset is done."""
 
     def __init__(
-        self, root: Path, seed: int, num_kills: int, two_machines_every: int, say: Callable, on_kill: Callable
+        self,
+        root: Path,
+        seed: int,
+        num_kills: int,
+        two_machines_every: int,
+        say: Callable,
+        on_kill: Callable,
+        *,
+        only_losses: bool = False,
     ) -> None:
+        self.only_losses = only_losses
         self.root, self.seed, self.say, self.on_kill = root, seed, say, on_kill
         self.num_kills, self.two_machines_every = num_kills, two_machines_every
         self.flags = [*model_flags(make_checkpoint(root / "checkpoint", SHAPE), SHAPE), *JOB_FLAGS]
@@ -206,7 +234,8 @@ class Chaos:
         """Start the job, kill something of it and look at what is left; whether it came to its end all the same."""
         self.num_rounds += 1
         rng = Random(f"{self.seed}/{self.num_rounds}")
-        choices = Choices.draw(rng, num_machines=1 if self.num_rounds % self.two_machines_every else 2)
+        num_machines = 2 if self.only_losses or self.num_rounds % self.two_machines_every == 0 else 1
+        choices = Choices.draw(rng, num_machines, is_loss=self.only_losses)
         self.what = f"no kill: {choices.kind} proc."
         job = self.start_job(choices, dataset.flags)
         family: dict[int, Stat] = {}
@@ -215,6 +244,8 @@ class Chaos:
                 family = self.strike(dataset, job, choices)
             if not family:
                 check_end(job)
+            elif choices.is_loss:
+                self.see_it_go_on(job, choices)
             else:
                 self.see_it_go(job, family, (choices.signal_number.name, choices.target))
             check_stderr(job.stderr)
@@ -248,15 +279,16 @@ class Chaos:
         network += ["--main_process_port", port, "--machine_rank"]
         machines = [[*network, str(machine)] for machine in range(choices.num_machines)]
         number = choices.num_processes
-        return Launches([Job(launch(number, *flags, launcher_flags=machine, script=script)) for machine in machines])
+        how = {"script": script, "launcher": "tests.startup.patient_for_a_second"}
+        return Launches([Job(launch(number, *flags, launcher_flags=machine, **how)) for machine in machines])
 
     def strike(self, dataset: Dataset, job: Launches, choices: Choices) -> dict[int, Stat]:
         """Kill what was chosen; gives every process of the job, or none where the chosen ones had gone already."""
         families = job.families()
         family = {pid: stat for one in families for pid, stat in one.items()}
         launchers = [one.process.pid for one in job.jobs]
-        workers = [pid for pid, stat in family.items() if stat.parent in launchers]
         first = launchers[choices.machine]
+        workers = [pid for pid, stat in family.items() if stat.parent == first]
         chosen = {
             "process": [first],
             "launcher": [first],
@@ -281,6 +313,20 @@ class Chaos:
         self.what = f"kill {number}: {choices.kind} proc., {name} to {target}, {made} of {total} images"
         self.on_kill()
         return family
+
+    def see_it_go_on(self, job: Launches, choices: Choices) -> None:
+        """Wait for the first machine to complete the dataset without the second one, or together with it once it is awake."""
+        if choices.signal_number == signal.SIGSTOP:
+            job.jobs[0].wait(SUSPENDED_SECONDS)
+            send(list(job.families()[1]), signal.SIGCONT)
+        if not job.wait(JOB_SECONDS):
+            raise Failure(f"no end after {JOB_SECONDS} s without the second machine")
+        if job.status:
+            raise Failure(f"the first machine ended with status {job.status}")
+        is_too_late = "lost contact with the launcher" in job.stderr  # it woke when the first machine's had gone
+        if choices.signal_number == signal.SIGSTOP and job.has_failed and not is_too_late:
+            raise Failure(f"the second machine ended with status {job.jobs[1].process.returncode}")
+        self.what += ", completed"
 
     def see_it_go(self, job: Launches, family: dict[int, Stat], kind: tuple[str, str]) -> None:
         """Wait for every process of a job that was struck to go by itself."""
@@ -325,8 +371,8 @@ def check_end(job: Launches) -> None:
     """Wait for a job that nobody disturbs."""
     if not job.wait(JOB_SECONDS):
         raise Failure(f"no end after {JOB_SECONDS} s")
-    if job.status:
-        raise Failure(f"ended by itself with status {job.status}")
+    if job.has_failed:
+        raise Failure(f"ended by itself with status {[one.process.returncode for one in job.jobs]}")
 
 
 def check_stderr(stderr: str) -> None:
@@ -341,6 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--two_machines_every", type=int, default=TWO_MACHINES_EVERY, help="so many rounds (default: %(default)s)"
     )
+    parser.add_argument("--losses", action="store_true", help="of two machines, strike the second one alone")
     parser.add_argument("--verbose", action="store_true", help="a line for every kill, as in a log, instead of a bar")
     args = parser.parse_args(argv)
     is_verbose = args.verbose or not sys.stderr.isatty()
@@ -351,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say = partial(print, flush=True) if is_verbose else lambda line: None
     bar = tqdm(total=args.kills, unit=" kills", dynamic_ncols=True, disable=is_verbose)
     with patch.dict(os.environ, environment), bar:
-        chaos = Chaos(root, seed, args.kills, args.two_machines_every, say, on_kill=bar.update)
+        chaos = Chaos(root, seed, args.kills, args.two_machines_every, say, bar.update, only_losses=args.losses)
         with suppress(KeyboardInterrupt):  # what there was until then is worth a tally
             chaos.run()
     print(f"seed {seed}", chaos.tally, sep="\n")
