@@ -236,3 +236,27 @@ def test_a_lock_that_another_users_job_left_bars_nobody_for_ever(folder_mode, mo
             command = [sys.executable, "-c", AS_ANOTHER_USER, str(folder)]
             done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert said in done.stdout
+
+
+def test_the_last_writer_leaves_no_file_behind(tmp_path):
+    with writing(tmp_path):
+        with writing(tmp_path):
+            assert (tmp_path / WRITERS_NAME).exists()
+        assert (tmp_path / WRITERS_NAME).exists()
+        with pytest.raises(ValueError, match="a process of an earlier job"):
+            wait_for_writers(tmp_path, seconds=0)
+    assert not (tmp_path / WRITERS_NAME).exists()
+
+
+def test_a_writer_whose_file_is_removed_while_it_waits_for_it_takes_the_new_one(tmp_path, monkeypatch):
+    """Else the next job would not see it."""
+    flock, removed = fcntl.flock, []
+
+    def remove_and_lock(file, kind):
+        if not removed:
+            removed.append((tmp_path / WRITERS_NAME).unlink())
+        flock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    with writing(tmp_path), pytest.raises(ValueError, match="a process of an earlier job"):
+        wait_for_writers(tmp_path, seconds=0)

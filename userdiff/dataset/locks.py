@@ -81,10 +81,24 @@ def lock_holder(output_dir: Path) -> str | None:
 
 @contextmanager
 def writing(output_dir: Path) -> Iterator[None]:
-    """Hold a shared lock while this process may write images; `wait_for_writers` on any machine waits for it."""
-    with _open(output_dir / WRITERS_NAME) as file:  # NFSv4 grants a shared lock only on a file open for reading
-        fcntl.flock(file, fcntl.LOCK_SH)
-        yield
+    """Hold a shared lock while this process may write images; `wait_for_writers` on any machine waits for it.
+
+    Whoever is the last to have it removes its file: one that was suspended may outlive the job.
+    """
+    path = output_dir / WRITERS_NAME
+    while True:
+        file = _open(path)
+        fcntl.flock(file, fcntl.LOCK_SH)  # NFSv4 grants it only on a file open for reading
+        if _is_still(file, path):
+            break
+        file.close()
+    with file:
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if _is_locked(file, fcntl.LOCK_EX) and _is_still(file, path):
+                    path.unlink()
 
 
 def wait_for_writers(
