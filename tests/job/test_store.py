@@ -90,6 +90,14 @@ def test_progress_and_failures_add_up(processes):
     assert main.reported("flat") == [(1, 1)]
 
 
+def test_who_is_lost_before_it_notes_which_image_failed_is_not_waited_for(processes):
+    main, other = processes(2)
+    other.report("failed", (2, 5))
+    other._add("num_failed", 1)  # and then it is killed
+    assert main.num_reported("failed") == 2
+    assert main.reported("failed") == [(2, 5)]
+
+
 def test_counting_asks_nothing_of_the_store_and_loses_nothing(processes):
     """It was two questions an image, for which the writers waited; now a process reports what it has made in between."""
     main, other = processes(2)

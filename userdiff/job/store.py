@@ -144,7 +144,7 @@ class Coordinator:
     def wait_for(self, key: str, on_poll: Callable[[], None] = lambda: None) -> bytes:
         """Return a value once a process has set it, calling `on_poll` until then."""
         self.wait_until(partial(self.has, key), on_poll)
-        return self._ask(lambda store: bytes(store.get(key)))
+        return self._ask(partial(_get, key))
 
     def is_first(self, what: str) -> bool:
         """Return whether no process has asked this of the same thing before."""
@@ -252,8 +252,9 @@ class Coordinator:
 
     def reported(self, kind: str) -> list[Item]:
         """Return the images of a kind that were noted so far, sorted."""
-        numbers = range(1, int(min(self.num_reported(kind), MAX_NOTED[kind])) + 1)
-        items = [json.loads(self.wait_for(f"{kind}/{number}")) for number in numbers]
+        keys = [f"{kind}/{number + 1}" for number in range(int(min(self.num_reported(kind), MAX_NOTED[kind])))]
+        # Who counts an image may be lost before it has noted which.
+        items = [json.loads(self._ask(partial(_get, key))) for key in keys if self.has(key)]
         return sorted({(user_id, image_index) for user_id, image_index in items})
 
     # Ending early
@@ -433,6 +434,10 @@ def _wait(condition: Callable[[], bool], seconds: float) -> bool:
 
 def _has_left(process_index: int, store: Store) -> bool:
     return bool(store.check([f"left/{process_index}"]))
+
+
+def _get(key: str, store: Store) -> bytes:
+    return bytes(store.get(key))
 
 
 def _works_in(process_index: int, store: Store) -> int:
