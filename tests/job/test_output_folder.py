@@ -516,6 +516,7 @@ def test_a_signal_ends_the_wait_before_a_job(job, out, monkeypatch, capsys, lost
                 monkeypatch.setattr(module, "read_text_chunks", read_slowly)
         before = {name: data for name, data in files_in(out).items() if not name.startswith(".")}
         assert run_job(*job, *more) == 130
+        monkeypatch.setattr(locks, "_is_locked", is_locked)
     assert "stopped by SIGINT" in capsys.readouterr().err
     assert {name: data for name, data in files_in(out).items() if not name.startswith(".")} == before
 

@@ -27,6 +27,8 @@ def notices(rows: Rows, run_record: RunRecord | None, ended: datetime | None = N
         yield "The last run is under way, or was killed."
     elif entry.state not in ("running", "ended"):
         yield f"The last run did not come to its end: {_cut(entry.state)}."
+    if entry.lost:
+        yield f"The others made what was left in the last run by {_cut('; '.join(entry.lost))}."
     if failed := [item for item in sorted(set(entry.failed)) if not rows.of_image(*item)]:
         yield f"{count(len(failed), 'image')} failed in the last run: {_items(failed)}"
 
