@@ -66,7 +66,7 @@ class Case:
         return [0.0] * (len(self.batch_seconds) - 1) + [self.late]
 
     def lost_process(self) -> int | None:
-        """Give the process that is killed; None for none."""
+        """Return the process that is killed; None for none."""
         return len(self.batch_seconds) - 1 if self.lost else None
 
     def ideal(self) -> float:
@@ -138,7 +138,7 @@ def work(case: Case, output_dir: Path, *, is_static: bool) -> None:
 
 
 def record_of(plan: Plan) -> RunRecord:
-    """Give a record as a job that begins has it."""
+    """Return a record as a job that begins has it."""
     numerics = {"batch_size": BATCH_SIZE, "png_compress_level": 6}
     entry = RunEntry(
         started=now(), num_processes=1, user_ids="1", num_images_per_user=plan.num_images_per_user, numerics=numerics

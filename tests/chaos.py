@@ -18,7 +18,6 @@ import argparse
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from tqdm import tqdm
 
 from tests.checkpoints import Shape, make_checkpoint, model_flags
 from tests.damage import Dataset, Failure, is_whole
-from tests.jobs import launch, start
+from tests.jobs import launch, start, start_machines
 from tests.processes import POLL_SECONDS, Job, Stat, describe, our_tracebacks, send, still_alive
 
 SHAPE = Shape(sample_size=16)
@@ -272,15 +271,8 @@ class Chaos:
             return Launches([Job(launch(choices.num_processes, *flags))])
         script = self.root / "batch_generate.py"
         script.write_text(IMPATIENT)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        network = ["--num_machines", str(choices.num_machines), "--main_process_ip", "127.0.0.1"]
-        network += ["--main_process_port", port, "--machine_rank"]
-        machines = [[*network, str(machine)] for machine in range(choices.num_machines)]
-        number = choices.num_processes
-        how = {"script": script, "launcher": "tests.startup.patient_for_a_second"}
-        return Launches([Job(launch(number, *flags, launcher_flags=machine, **how)) for machine in machines])
+        each = choices.num_processes // choices.num_machines
+        return Launches(start_machines(choices.num_machines, each, flags, script))
 
     def strike(self, dataset: Dataset, job: Launches, choices: Choices) -> dict[int, Stat]:
         """Kill what was chosen; gives every process of the job, or none where the chosen ones had gone already."""

@@ -64,7 +64,7 @@ def launch(
 
 
 def start_machines(number: int, processes_each: int, flags: Sequence[object], script: Path) -> list[Job]:
-    """Start a job as so many machines would, each with a launcher of its own; gives the launchers."""
+    """Start a job as so many machines would, each with a launcher of its own; returns the launchers."""
     network = ["--num_machines", str(number), "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
     return [
         Job(

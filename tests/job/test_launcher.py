@@ -18,8 +18,8 @@ IMPATIENT = """
 import sys
 from userdiff.job import store_client
 store_client.JOIN_PULSES = 15
-from userdiff.job import shared_folder
-shared_folder.SEEN_SECONDS = 10
+from userdiff.job import output_folder
+output_folder.SEEN_SECONDS = 10
 from userdiff.cli import generate
 sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))
 """

@@ -14,7 +14,7 @@ from tests.definitions import files_in
 from tests.jobs import run_job, tree, wait_for
 from userdiff.config import UsageError, parse_args
 from userdiff.diffusion.model import load_model
-from userdiff.job import shared_folder, store_client
+from userdiff.job import output_folder, store_client
 from userdiff.job.run import run_process
 from userdiff.job.store import Coordinator
 from userdiff.shutdown import Failed, Shutdown
@@ -26,8 +26,8 @@ LEFT_BY_A_KILL = ".userdiff.shared-0123456789abcdef"
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(store_client, "PULSE_SECONDS", 0.05)
-    monkeypatch.setattr(shared_folder, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(shared_folder, "NUM_LOOKS", 200)
+    monkeypatch.setattr(output_folder, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(output_folder, "NUM_LOOKS", 200)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def names(folder):
 
 
 def run_main(folder, main, events):
-    with shared_folder.shown(folder, main):
+    with output_folder.shown(folder, main):
         events.append(names(folder))
 
 
@@ -71,7 +71,7 @@ def test_machines_that_see_the_folder_go_on_and_nothing_is_left_there(processes,
         main, *others = processes(0, 1, 2)
         job = threads.submit(run_main, tmp_path, main, during)
         for other in others:
-            threads.submit(shared_folder.look, tmp_path, other).result(60)
+            threads.submit(output_folder.look, tmp_path, other).result(60)
         job.result(60)
         assert names(tmp_path) == []
     (first,), (second,) = during
@@ -85,9 +85,9 @@ def test_a_folder_that_appears_late_is_waited_for(processes, threads, tmp_path):
     main, other = processes(0, 1)
     events = []
     job = threads.submit(run_main, here, main, events)
-    look = threads.submit(shared_folder.look, there, other)
+    look = threads.submit(output_folder.look, there, other)
     wait_for(lambda: names(here))
-    time.sleep(5 * shared_folder.LOOK_SECONDS)
+    time.sleep(5 * output_folder.LOOK_SECONDS)
     assert not look.done()
     assert not events
     there.symlink_to(here)
@@ -101,17 +101,17 @@ def test_one_process_of_each_machine_is_waited_for_and_the_others_may_come_late(
     is_over = threading.Event()
 
     def run():
-        with shared_folder.shown(tmp_path, main):
+        with output_folder.shown(tmp_path, main):
             begun.set()
             assert is_over.wait(60)
 
     begun = threading.Event()
     job = threads.submit(run)
-    shared_folder.look(tmp_path, one)
+    output_folder.look(tmp_path, one)
     assert not begun.wait(0.3)
-    shared_folder.look(tmp_path, two)
+    output_folder.look(tmp_path, two)
     assert begun.wait(10)
-    shared_folder.look(tmp_path, late)
+    output_folder.look(tmp_path, late)
     is_over.set()
     job.result(60)
 
@@ -121,9 +121,9 @@ def test_one_machine_shows_and_looks_for_nothing_and_who_loads_its_models_looks_
     during = []
     run_main(tmp_path, main, during)
     assert during == [[]]
-    shared_folder.look(tmp_path / "elsewhere", other)
+    output_folder.look(tmp_path / "elsewhere", other)
     main, loading = processes(0, 1)
-    shared_folder.look_meanwhile(tmp_path, loading)
+    output_folder.look_meanwhile(tmp_path, loading)
     run_main(tmp_path, main, during)
     assert len(during) == 2
 
@@ -172,7 +172,7 @@ def test_machines_that_share_a_folder_make_the_bytes_of_one(job, tmp_path):
 def test_a_machine_that_does_not_see_the_folder_is_named_and_nothing_changes(
     job, blind, is_anew, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(shared_folder, "NUM_LOOKS", 5)
+    monkeypatch.setattr(output_folder, "NUM_LOOKS", 5)
     folders = [tmp_path / "new" / "out"] * 3
     folders[blind] = tmp_path / "elsewhere"
     if is_anew:

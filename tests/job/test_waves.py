@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore
 
 from tests.checkpoints import model_flags
+from tests.definitions import files_in
 from tests.jobs import last_run, tree
 from userdiff.config import parse_args
 from userdiff.dataset import layout
@@ -151,6 +153,7 @@ def test_a_loss_is_told_of_and_recorded(job, reference, tmp_path, capsys, end, h
     if end[0] == "claim":  # of what it has computed, more or less may have come to the disk
         assert "Note: 4 images missing, made in another wave\n" in said.out
     assert last_run(out)["lost"] == [which]
+    assert f"The others made what was left in the last run by {which}." in (out / "preview.html").read_text()
     assert (read_status(out).state, verify(out, deep=True)) == ("complete", [])
 
 
@@ -170,6 +173,23 @@ def test_what_a_lost_machine_noted_is_read_before_it_is_believed(job, reference,
     assert job(out, 3, {1: ("row", 3, "killed")}, is_certain=True)[0] == 0
     assert emptied
     assert tree(out) == tree(reference)
+
+
+def test_whoever_comes_when_all_is_claimed_leaves_no_file_behind(job, tmp_path, monkeypatch):
+    """The main process may have merged already, and would not remove it."""
+    out, make_images, calls = tmp_path / "out", run.make_images, []
+
+    def make_and_note(config, model, plan, coordinator, **options):
+        calls.append((config, model, plan, options))
+        make_images(config, model, plan, coordinator, **options)
+
+    monkeypatch.setattr(run, "make_images", make_and_note)
+    assert job(out, 1, {}) == [0]
+    ((config, model, plan, options),) = calls
+    before = files_in(out)
+    late = SimpleNamespace(next_batch=lambda: len(plan.batches), part_number=1, check=lambda: None)
+    make_images(config, model, plan, late, **options)
+    assert files_in(out) == before
 
 
 def test_images_that_go_while_the_job_runs_are_made_again_by_it(job, reference, tmp_path, monkeypatch):

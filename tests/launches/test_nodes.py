@@ -55,8 +55,8 @@ sys.exit(cli.generate(sys.argv[1:], prog="batch_generate.py"))
 
 IMPATIENT = """
 import sys
-from userdiff.job import shared_folder as sharing
-sharing.NUM_LOOKS = 10
+from userdiff.job import output_folder
+output_folder.NUM_LOOKS = 10
 from userdiff.cli import generate
 sys.exit(generate(sys.argv[1:], prog="batch_generate.py"))
 """

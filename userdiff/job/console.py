@@ -218,9 +218,8 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
         def show(num_images: int) -> None:
             if num_failed := coordinator.num_reported("failed"):
                 bar.set_postfix_str(f"{num_failed} failed", refresh=False)
-            num_made = min(
-                num_images - images_before, plan.num_pending
-            )  # a lost process may come back and make some twice
+            # A lost process may come back and make some twice.
+            num_made = min(num_images - images_before, plan.num_pending)
             bar.update(plan.num_done + num_made - bar.n)  # shows itself every `mininterval`
 
         def warn_of_lost() -> None:

@@ -1,11 +1,15 @@
-"""The output folder of a job: held, checked, emptied if asked, and its history kept."""
+"""The output folder of a job: held, checked, shared by all machines, emptied if asked, and its history kept."""
 
 import errno
+import json
 import os
+import socket
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 from userdiff.config import JobConfig, UsageError, errors_of
@@ -17,7 +21,6 @@ from userdiff.dataset.run_record import RunEntry, RunRecord, now
 from userdiff.dataset.scan import check_own_files, have_files, images_without_record, user_folders
 from userdiff.diffusion.model import JobModel
 from userdiff.identity import describe_differences
-from userdiff.job import shared_folder
 from userdiff.job.plan import Plan
 from userdiff.job.store import Coordinator
 from userdiff.seeds import Item
@@ -25,6 +28,9 @@ from userdiff.shard import WHOLE, Shard
 from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
 from userdiff.text import format_ids, refusal
 
+LOOK_SECONDS = 0.2
+NUM_LOOKS = 450  # 90 s: network file systems cache the content of a folder for up to a minute
+SEEN_SECONDS = 100.0
 LEAVE_SECONDS = 7.0  # for the other processes to write what they have computed, when a job ends early
 
 _REMEDIES = {
@@ -84,7 +90,7 @@ def open_folder(config: JobConfig, model: JobModel, coordinator: Coordinator) ->
         _check_user_folders(config, model)
         if not config.dry_run:
             # 6. Every machine sees the folder. Only now may anything be removed.
-            held.enter_context(shared_folder.shown(output_dir, coordinator))
+            held.enter_context(shown(output_dir, coordinator))
             if is_anew:
                 edited = _remove(output_dir, own, shutdown)
         yield OpenFolder(record or RunRecord(identity=model.identity, numerics={}), len(own), edited)
@@ -271,6 +277,70 @@ def make_user_folders(output_dir: Path, plan: Plan) -> None:
 def _forget_writers(output_dir: Path) -> None:
     with suppress(ValueError, OSError):  # one may still be writing: the next job will wait for it
         locks.wait_for_writers(output_dir, seconds=0)
+
+
+# Shared by all machines, which is checked before anything is written -----------------------------------------------
+
+
+@contextmanager
+def shown(output_dir: Path, coordinator: Coordinator) -> Iterator[None]:
+    """Put a file into the folder, and go on once a process of every other machine has seen it (main process).
+
+    A machine that does not see it has ended the job by SEEN_SECONDS; one that has not come by then is not waited for. The
+    file's name is new, so that no machine has cached it as missing. It stays until the job ends, for processes that come
+    late. Call it only while holding the folder's lock: files that killed jobs left are removed with it.
+    """
+    try:
+        if coordinator.num_machines > 1:
+            mark = layout.shared_mark_path(output_dir)
+            with errors_of("--output_dir"):
+                mark.touch()
+            coordinator.set("shown", json.dumps([socket.gethostname(), str(mark.absolute())]))
+            deadline = time.monotonic() + SEEN_SECONDS
+            seen = [f"seen/{machine}" for machine in range(1, coordinator.num_machines)]
+            coordinator.wait_until(lambda: all(map(coordinator.has, seen)) or time.monotonic() > deadline)
+        yield
+    finally:
+        for path in layout.shared_mark_paths(output_dir):
+            with suppress(OSError):  # a folder of that name, or a disk that is gone
+                path.unlink()
+
+
+def look(output_dir: Path, coordinator: Coordinator) -> None:
+    """Return once this process sees the file that the main process shows; on that one's machine, at once.
+
+    Writes nothing. Where the file does not appear, raises UsageError and ends the job on every machine with that line.
+    """
+    if coordinator.machine_index == 0:
+        return
+    main_host, path = json.loads(coordinator.wait_for("shown"))
+    mark = Path(path)
+    for _ in range(NUM_LOOKS):
+        is_seen = os.path.exists(output_dir / mark.name)  # noqa: PTH110 - Path.exists raises where it may not look
+        if is_seen or coordinator.has_ended():
+            coordinator.set(f"seen/{coordinator.machine_index}")
+            return
+        coordinator.check()
+        time.sleep(LOOK_SECONDS)
+    error = UsageError(
+        f"--output_dir: {socket.gethostname()} does not see what {main_host} wrote to {mark.parent}; "
+        "needed: a folder that all machines share"
+    )
+    coordinator.halt(error, cause=str(error))
+    raise error
+
+
+def look_meanwhile(output_dir: Path, coordinator: Coordinator) -> None:
+    """Look in a thread too, while this process loads its models, so that a slow machine does not hold up the others."""
+
+    def look_quietly() -> None:
+        with suppress(Halted, UsageError):  # every process has been told
+            look(output_dir, coordinator)
+
+    Thread(target=look_quietly, name="look", daemon=True).start()
+
+
+# How a run ends -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager

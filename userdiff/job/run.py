@@ -36,7 +36,7 @@ from userdiff.dataset.scan import Finished, find_finished
 from userdiff.diffusion import gpu_errors
 from userdiff.diffusion.acceleration import Compilation
 from userdiff.diffusion.model import JobModel, has_bf16, load_model
-from userdiff.job import console, launcher, output_folder, shared_folder, store
+from userdiff.job import console, launcher, output_folder, store
 from userdiff.job.plan import Plan, make_plan
 from userdiff.job.progress import said_if_slow, show_reading
 from userdiff.job.store import Coordinator
@@ -71,7 +71,7 @@ def run(config: JobConfig, shutdown: Shutdown) -> int:
     device = choose_device(config.device)
     with store.connect(shutdown, console.note) as coordinator:
         if not config.dry_run:
-            shared_folder.look_meanwhile(config.output_dir, coordinator)
+            output_folder.look_meanwhile(config.output_dir, coordinator)
         set_kernels(config.allow_tf32)
         try:
             with gpu_errors.as_failed(f"the models do not fit into the memory that {device} has free"):
@@ -260,7 +260,7 @@ def _run_other(config: JobConfig, model: JobModel, coordinator: Coordinator) -> 
     """Check that this process sees the folder, and make images with the others, wave after wave."""
     if coordinator.has_ended():
         return 0  # it comes too late
-    shared_folder.look(config.output_dir, coordinator)
+    output_folder.look(config.output_dir, coordinator)
     run_hash, numerics = json.loads(coordinator.wait_for("run"))
     if run_hash != model.run:
         raise UsageError(

@@ -165,14 +165,15 @@ class Coordinator:
 
     def waves(self) -> Iterator[bytes]:
         """Yield the plan of the wave that is under way, then of every later one, and take part in it."""
-        while not self.has_ended():
+        while True:
             self.wait_until(lambda: self.has_ended() or self._add("waves", 0) > self._wave)
-            if not self.has_ended():
-                number = self._add("waves", 0)
-                plan = self.wait_for(f"plan/{number}")
-                self._set_wave(number)
-                yield plan
-                self.end_wave()
+            if self.has_ended():
+                return
+            number = self._add("waves", 0)
+            plan = self.wait_for(f"plan/{number}")
+            self._set_wave(number)
+            yield plan
+            self.end_wave()
 
     def next_batch(self) -> int:
         """Claim the next batch of the wave: 0, 1, 2, ..., each given to one process alone."""
