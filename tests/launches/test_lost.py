@@ -144,7 +144,7 @@ def test_machines_of_an_elastic_launch_come_late_go_and_come_back(flags, referen
         ]
         command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_conf=last_call_timeout=1"]
         command += [impatient, "--device", "cpu", *flags, "--output_dir", out]
-        jobs.append(Job(start(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")))
+        jobs.append(Job(start(command, OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")))
         return jobs[-1]
 
     def are_by(numbers):
