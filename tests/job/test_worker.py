@@ -64,6 +64,22 @@ def test_submitting_blocks_while_enough_is_pending(num_threads, max_pending):
         submitter.join(PATIENCE)
 
 
+def test_a_task_for_which_no_thread_can_be_started_is_not_waited_for(monkeypatch):
+    def use():
+        with suppress(RuntimeError), WriterPool(1, 2) as pool:
+            monkeypatch.setattr(pool._executor, "_adjust_thread_count", refuse)
+            pool.submit(lambda: None)
+
+    def refuse():
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(worker, "DRAIN_SECONDS", float("inf"))
+    user = threading.Thread(target=use, daemon=True)
+    user.start()
+    user.join(PATIENCE)
+    assert not user.is_alive()
+
+
 def failing(error, cause=None):
     def task():
         raise error from cause

@@ -137,7 +137,12 @@ class WriterPool:
         if self._errors:
             self._free.release()
             raise self._errors[0]
-        self._executor.submit(task).add_done_callback(self._finished)
+        try:
+            future = self._executor.submit(task)
+        except RuntimeError:  # the system starts no more threads
+            self._free.release()
+            raise
+        future.add_done_callback(self._finished)
 
     def _wait_until_done(self, deadline: float, on_wait: Callable[[], None]) -> None:
         """Wait until no task waits or is under way, calling `on_wait` meanwhile, but not beyond the deadline."""
