@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch.distributed import HashStore
 
 from tests.checkpoints import model_flags
@@ -205,6 +207,32 @@ def test_images_that_go_while_the_job_runs_are_made_again_by_it(job, reference, 
     assert job(out, 1, {}) == [0]
     assert tree(out) == tree(reference)
     assert last_run(out)["published"] == 45
+
+
+@pytest.mark.parametrize("what", ["the image as an editor saves it", "a folder"])
+def test_what_somebody_puts_in_an_images_place_meanwhile_is_theirs(job, tmp_path, monkeypatch, capsys, what):
+    out, make_images, calls = tmp_path / "out", run.make_images, []
+    path = out / "user_02" / "generated_003.png"
+
+    def make_and_replace(*args, **options):
+        make_images(*args, **options)
+        calls.append(args)
+        if what == "a folder":
+            path.unlink()
+            path.mkdir()
+        else:
+            texts = PngInfo()
+            with Image.open(path) as image:
+                for key, text in image.text.items():
+                    texts.add_text(key, text)
+                ImageOps.mirror(image).save(path, pnginfo=texts)
+            calls.append(path.read_bytes())
+
+    monkeypatch.setattr(run, "make_images", make_and_replace)
+    assert job(out, 1, {}) == [1]
+    assert len(calls) == 1 if path.is_dir() else calls[1:] == [path.read_bytes()]
+    assert last_run(out)["failed"] == [[2, 3]]
+    assert "Failed: 1 image is gone or changed since written" in capsys.readouterr().out
 
 
 def test_what_goes_again_and_again_is_given_up(job, tmp_path, monkeypatch, capsys):

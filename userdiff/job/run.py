@@ -218,8 +218,8 @@ def make_missing(
     """Have all processes make what is missing, wave after wave (main process).
 
     Returns the rows of what is there in the end, and what is not. What is missing after a wave was claimed by a process that
-    was lost, or has gone from the folder. An image that is not finite would be so again, and what somebody has put in the
-    place of one is theirs.
+    was lost, or has gone from the folder. An image that is not finite would be so again, and one that somebody has edited is
+    theirs.
     """
     output_dir, recipe = config.output_dir, Recipe.of(model.identity, model.run)
     entry = record.history[-1]
