@@ -194,7 +194,7 @@ def test_whoever_comes_when_all_is_claimed_leaves_no_file_behind(job, tmp_path, 
     assert files_in(out) == before
 
 
-def test_images_that_go_while_the_job_runs_are_made_again_by_it(job, reference, tmp_path, monkeypatch):
+def test_images_that_go_while_the_job_runs_are_made_again_by_it(job, reference, tmp_path, monkeypatch, capsys):
     out, make_images, calls = tmp_path / "out", run.make_images, []
 
     def make_and_lose(*args, **options):
@@ -207,6 +207,7 @@ def test_images_that_go_while_the_job_runs_are_made_again_by_it(job, reference, 
     assert job(out, 1, {}) == [0]
     assert tree(out) == tree(reference)
     assert last_run(out)["published"] == 45
+    assert capsys.readouterr().err.count("Warning: the decoded images contradict") == 1
 
 
 @pytest.mark.parametrize("what", ["the image as an editor saves it", "a folder"])
