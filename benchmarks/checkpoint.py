@@ -43,6 +43,6 @@ def make_checkpoint(
 
 
 def model_flags(folder: Path) -> list[str]:
-    """Give the job's flags that name it."""
+    """Return the job's flags that name it."""
     paths = ["--vae_path", folder / "vae", "--unet_path", folder / "unet", "--condition_encoder_path", folder]
     return [*map(str, paths), "--num_users", str(NUM_USERS)]

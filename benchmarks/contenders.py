@@ -163,7 +163,7 @@ class _Until(Coordinator):
         self._deadline = deadline
 
     def next_batch(self) -> int:
-        """Give the next one."""
+        """Return the next one."""
         number = super().next_batch()
         return number if number == 0 or time.monotonic() < self._deadline else _MOST_BATCHES
 

@@ -53,7 +53,7 @@ def per_user(num_images: int) -> int:
 
 
 def lines(num_images: int) -> Iterator[str]:
-    """Give the rows of a dataset, in order."""
+    """Return the rows of a dataset, in order."""
     for user_id in range(1, NUM_USERS + 1):
         for index in range(per_user(num_images)):
             name = layout.file_name(user_id, index)
@@ -93,7 +93,7 @@ def make_dataset(folder: Path, num_images: int, *, with_files: bool) -> None:
 
 
 def made_up_folders(num_images: int) -> Iterator[scan.UserFolder]:
-    """Give what a walk would find."""
+    """Return what a walk would find."""
     for user_id in range(1, NUM_USERS + 1):
         indices = np.arange(per_user(num_images), dtype=np.uint32)
         yield scan.UserFolder(f"user_{user_id:02d}", user_id, indices, np.full_like(indices, 0), [])

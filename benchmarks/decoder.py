@@ -20,7 +20,7 @@ from userdiff.diffusion import sampler as sampling
 
 
 def resident_mebibytes(which: str) -> float:
-    """Give the memory of this process: VmRSS is that of now, VmHWM its peak."""
+    """Return the memory of this process: VmRSS is that of now, VmHWM its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(which))
 

@@ -51,7 +51,7 @@ class Setting:
     """Of each measurement of a rate."""
 
     def checkpoint(self, size: str) -> Path:
-        """Give a checkpoint, made once for all calls; a fourth as wide where nothing is measured."""
+        """Return a checkpoint, made once for all calls; a fourth as wide where nothing is measured."""
         unet_widths, vae_widths = ([width // (4 if self.smoke else 1) for width in widths] for widths in SIZES[size])
         folder = KEPT / f"checkpoint-{size.replace(' ', '-')}{'-smoke' * self.smoke}"
         if not folder.exists():

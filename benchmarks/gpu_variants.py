@@ -90,12 +90,12 @@ def then(change: Callable[[Any], None]) -> Callable[[Any], Any]:
 
 
 def recorded(unet: Any) -> Any:
-    """Give a UNet as a CUDA graph; itself on a CPU."""
+    """Return a UNet as a CUDA graph; itself on a CPU."""
     return GraphedUNet(unet) if unet.device.type == "cuda" else unet
 
 
 def placed(setting: Setting, model: Any, layout: torch.memory_format) -> Any:
-    """Give a copy on the device, in bf16 where that is a GPU."""
+    """Return a copy on the device, in bf16 where that is a GPU."""
     dtype = torch.float32 if setting.smoke else torch.bfloat16
     return nn.Module.to(copy.deepcopy(model), setting.device, dtype, memory_format=layout)
 

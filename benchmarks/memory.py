@@ -20,7 +20,7 @@ SIDE = 128
 
 
 def instant(config: object, model: object, items: list[object], on_step: object = None) -> generate.Batch:
-    """Give a batch of noise."""
+    """Return a batch of noise."""
     pixels = torch.randint(0, 256, (len(items), SIDE, SIDE, 3), dtype=torch.uint8)
     finite = torch.ones(len(items), dtype=torch.bool)
     return generate.Batch(items=items, contradicts_range=torch.tensor(data=False), finite=finite, pixels=pixels)

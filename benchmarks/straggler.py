@@ -62,7 +62,7 @@ class Case:
     """Seconds after which the last process is killed; 0 for never."""
 
     def delays(self) -> list[float]:
-        """Give the seconds after which each process is there."""
+        """Return the seconds after which each process is there."""
         return [0.0] * (len(self.batch_seconds) - 1) + [self.late]
 
     def lost_process(self) -> int | None:
@@ -70,11 +70,11 @@ class Case:
         return len(self.batch_seconds) - 1 if self.lost else None
 
     def ideal(self) -> float:
-        """Give the seconds of the best split if batches could be cut at will."""
+        """Return the seconds of the best split if batches could be cut at will."""
         return self._shortest(lambda seconds, of_batch: seconds / of_batch)
 
     def ideal_of_whole_batches(self) -> float:
-        """Give the seconds of the best split there is."""
+        """Return the seconds of the best split there is."""
         return self._shortest(lambda seconds, of_batch: math.floor(seconds / of_batch + 1e-6))
 
     def _shortest(self, num_made: Callable[[float, float], float]) -> float:
@@ -188,7 +188,7 @@ def measure(case: Case, *, is_static: bool) -> tuple[float, list[int]]:
 
 
 def cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
-    """Give what is run, each with its name."""
+    """Return what is run, each with its name."""
     for number in args.num_processes:
         seconds = (args.seconds,) * (number - 1) + (args.seconds * SLOWNESS,)
         yield f"{number}, one {SLOWNESS} x slower", Case(num_batches=12 * number, batch_seconds=seconds)

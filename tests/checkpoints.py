@@ -61,7 +61,7 @@ def make_checkpoint(folder: Path, shape: Shape = Shape(), seed: int = 0) -> Path
 
 
 def model_flags(folder: Path, shape: Shape = Shape()) -> list[str]:
-    """Give the flags that name a checkpoint."""
+    """Return the flags that name a checkpoint."""
     flags = ["--vae_path", folder / "vae", "--unet_path", folder / "unet", "--condition_encoder_path", folder]
     flags += ["--num_users", shape.num_users]
     if shape.scheduler:

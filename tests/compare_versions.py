@@ -67,7 +67,7 @@ class Versions:
         self.folder, self.checkouts = folder, checkouts
 
     def command(self, version: str, name: str, command: Command, flags: str) -> list[str]:
-        """Give a command line, to be run in the version's checkout."""
+        """Return a command line, to be run in the version's checkout."""
         checkpoint = self.folder / f"checkpoint-{hash(str(command.shape))}"
         if command.shape and not checkpoint.exists():
             make_checkpoint(checkpoint, command.shape)
@@ -87,7 +87,7 @@ class Versions:
         return subprocess.Popen(line, cwd=checkout, env=environment, stdout=quiet, stderr=quiet)
 
     def result(self, version: str, name: str) -> tuple[dict[str, str], str]:
-        """Give what lies in a job's folder, and its identity hash."""
+        """Return what lies in a job's folder, and its identity hash."""
         folder = self.folder / version / name.replace(" ", "_")
         if not (folder / "run.json").exists():
             return {}, ""

@@ -27,7 +27,7 @@ STOPPED = "--num_inference_steps 60 --user_ids 1 2 --num_images_per_user 6 --bat
 
 
 def command(name: str, flags: str) -> list[str]:
-    """Give the command line of a job, its paths relative to the folder they lie in."""
+    """Return the command line of a job, its paths relative to the folder they lie in."""
     model = MODEL.format("checkpoint")
     if name == "random":
         model = model.replace("--num_users 5", "--num_users 6")

@@ -11,12 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 from torch.distributed import HashStore
 
 from tests.checkpoints import model_flags
-from tests.definitions import files_in
+from tests.definitions import files_in, png_of
 from tests.jobs import last_run, tree
 from userdiff.config import parse_args
 from userdiff.dataset import layout
@@ -211,7 +210,9 @@ def test_images_that_go_while_the_job_runs_are_made_again_by_it(job, reference, 
 
 
 @pytest.mark.parametrize("what", ["the image as an editor saves it", "a folder"])
-def test_what_somebody_puts_in_an_images_place_meanwhile_is_theirs(job, tmp_path, monkeypatch, capsys, what):
+def test_what_somebody_puts_in_an_images_place_meanwhile_is_left_to_the_next_run(
+    job, tmp_path, monkeypatch, capsys, what
+):
     out, make_images, calls = tmp_path / "out", run.make_images, []
     path = out / "user_02" / "generated_003.png"
 
@@ -222,11 +223,8 @@ def test_what_somebody_puts_in_an_images_place_meanwhile_is_theirs(job, tmp_path
             path.unlink()
             path.mkdir()
         else:
-            texts = PngInfo()
             with Image.open(path) as image:
-                for key, text in image.text.items():
-                    texts.add_text(key, text)
-                ImageOps.mirror(image).save(path, pnginfo=texts)
+                path.write_bytes(png_of(image.text, image.size, "white"))
             calls.append(path.read_bytes())
 
     monkeypatch.setattr(run, "make_images", make_and_replace)

@@ -219,7 +219,7 @@ def make_missing(
 
     Returns the rows of what is there in the end, and what is not. What is missing after a wave was claimed by a process that
     was lost, or has gone from the folder. An image that is not finite would be so again, and one that somebody has edited is
-    theirs.
+    left to the next run.
     """
     output_dir, recipe = config.output_dir, Recipe.of(model.identity, model.run)
     entry = record.history[-1]
