@@ -21,6 +21,7 @@ from userdiff.cli import generate
 from userdiff.config import parse_args
 from userdiff.diffusion.model import load_model
 from userdiff.job import store_client
+from userdiff.job.group import JobIsOverError
 from userdiff.job.run import run_process
 from userdiff.job.store import Coordinator
 
@@ -39,8 +40,11 @@ def play_processes(num_processes: int, *flags: object) -> list[int]:
     store = HashStore()
 
     def play(process_index: int) -> int:
-        with Coordinator(lambda: store, process_index, num_processes) as coordinator:
-            return run_process(config, model, coordinator)
+        try:
+            with Coordinator(lambda: store, process_index, num_processes) as coordinator:
+                return run_process(config, model, coordinator)
+        except JobIsOverError as over:  # before this one has come
+            return over.exit_status
 
     with patch.object(store_client, "PULSE_SECONDS", 0.1), ThreadPoolExecutor(num_processes) as threads:
         return list(threads.map(play, range(num_processes)))

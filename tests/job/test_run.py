@@ -231,7 +231,7 @@ def test_an_image_that_vanishes_while_the_job_runs_is_not_called_done(flags, tmp
     out = capsys.readouterr().out
     assert "Done: 3 of 4 images" in out
     assert (
-        "Failed: 1 image is gone or changed since written; the same command makes up for it: user_02/generated_001.png"
+        "Failed: 1 image is not written, or gone or changed since; the same command makes up for it: user_02/generated_001.png"
     ) in out
 
 

@@ -11,6 +11,7 @@ from torch.distributed import DistError, HashStore
 from tests.jobs import wait_for
 from userdiff.config import UsageError
 from userdiff.job import launcher, store, store_client
+from userdiff.job.group import JobIsOverError
 from userdiff.job.store import Coordinator
 from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
 
@@ -245,7 +246,7 @@ def test_waves_follow_one_another_until_they_end(processes):
         assert next(waves) == f"plan {number}".encode()
         assert sorted([main.next_batch(), other.next_batch()]) == [0, 1]
         main.end_wave()
-    main.end_waves()
+    main.end_waves(is_complete=True)
     assert other.has_ended()
     assert list(waves) == []
     assert main.lost() == {}
@@ -262,11 +263,28 @@ def test_a_late_process_joins_the_wave_that_is_under_way(processes):
         assert late.next_batch() == 1
 
 
-def test_whoever_comes_after_the_end_has_nothing_to_do(processes):
+@pytest.mark.parametrize("before", ["nobody", "one that is gone"])
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_whoever_comes_after_the_end_has_nothing_to_do(monkeypatch, processes, before, restarts):
+    """Whether its launcher has just started it, or started it again: it would wait for a main process that never comes."""
     shared = HashStore()
-    with Coordinator(lambda: shared, 0, 2) as main:
-        main.begin_wave(b"plan")
-        main.end_waves()
+    main, *others = processes(1 if before == "nobody" else 2, shared)
+    main.num_processes = 2
+    main.begin_wave(b"plan")
+    main.end_waves(is_complete=True)
+    for coordinator in (main, *others):
+        coordinator._client.close()
+    monkeypatch.setattr(launcher, "restart_count", lambda: restarts)
+    with pytest.raises(JobIsOverError) as over:
+        Coordinator(lambda: shared, 1, 2)
+    assert over.value.exit_status == 0
+
+
+def test_whoever_comes_while_the_main_process_ends_has_nothing_to_do(processes):
+    shared = HashStore()
+    main, *_ = processes(1, shared)
+    main.begin_wave(b"plan")
+    main.end_waves(is_complete=True)
     with Coordinator(lambda: shared, 1, 2) as late:
         assert late.has_ended()
         assert list(late.waves()) == []
@@ -310,6 +328,42 @@ def test_a_signal_ends_a_machine_alone_unless_it_is_the_main_ones(processes, mac
         assert heard(main).signal_number == signal.SIGTERM
 
 
+def test_a_signal_to_the_main_machine_is_not_taken_for_one_of_another_machine(processes):
+    main, other = processes(2, machines=(0, 1))
+    main.halt(Stopped(signal.SIGTERM))
+    assert not heard(other).is_for_others
+
+
+def test_an_error_without_words_is_told_by_its_kind(processes):
+    main, other = processes(2)
+    other.halt(MemoryError())
+    assert str(heard(main)) == f"process 1 on {socket.gethostname()}: MemoryError"
+
+
+def test_losses_are_told_once_and_no_further_reason_for_an_end(processes, impatient):
+    main, other, third = processes(3)
+    main.begin_wave(b"plan")
+    next(other.waves())
+    other._client.close()
+    main.wait_for_others(main.check)
+    assert main.newly_lost() == [f"process 1 on {socket.gethostname()}, no sign of life"]
+    assert main.newly_lost() == []
+    third._client.close()
+    assert main.wait_until_left(5) == [f"process 2 on {socket.gethostname()}"]
+
+
+def test_a_process_that_lives_and_does_not_end_its_batch_is_named(processes, monkeypatch):
+    said = []
+    monkeypatch.setattr(store, "_SLOW_PULSES", 3)
+    main, other = processes(2)
+    main._say = said.append
+    main.begin_wave(b"plan")
+    next(other.waves())
+    threading.Timer(1, other.end_wave).start()
+    main.wait_for_others(main.check)
+    assert said == [f"waiting for process 1 on {socket.gethostname()}, which is still at its last batch"]
+
+
 def test_a_process_that_fails_of_its_own_ends_the_job_in_a_wave_too(processes):
     main, other = processes(2, machines=(0, 1))
     main.begin_wave(b"plan")
@@ -342,8 +396,36 @@ def test_a_restarted_process_takes_the_place_of_the_one_that_is_gone(processes, 
         assert not main._works(1)
         assert next(other.waves()) == b"plan"
         assert other.next_batch() == 1
-        time.sleep(0.3)
         assert main.lost() == {}
+        other.end_wave()
+        main.wait_for_others(main.check)
+        # What the one before has noted may have gone with its machine.
+        assert main.lost() == {1: f"process 1 on {socket.gethostname()}, started again by its launcher"}
+        assert main.num_losses == 1
+        assert [main.has_lost_part(number) for number in range(4)] == [False, True, False, True]
+
+
+def test_a_process_that_has_left_is_there_again_when_another_has_its_place(processes, as_process):
+    """Nothing is deleted: a store's `get` of a key that has just gone waits for ever."""
+    shared = HashStore()
+    main, before = processes(2, shared, machines=(0, 1))
+    before.__exit__(None, Stopped(signal.SIGTERM), None)
+    assert main._has_left(1)
+    as_process("B")
+    with Coordinator(lambda: shared, 1, 2):
+        assert not main._has_left(1)
+        assert shared.check(["1/left/1"])
+
+
+def test_a_main_process_that_is_started_again_ends_the_group_before(processes, as_process):
+    """Else its processes would hold the folder, and the new one give up, before they missed the old one."""
+    shared = HashStore()
+    before, other = processes(2, shared)
+    before.begin_wave(b"old")
+    before._client.close()
+    as_process("B")
+    with Coordinator(lambda: shared, 0, 2):
+        assert "started the main process again" in str(heard(other, 2))
 
 
 @pytest.mark.parametrize("process_index", [0, 1])
@@ -367,8 +449,8 @@ def test_a_group_that_is_started_again_meets_apart_from_the_one_before(processes
     before[0].begin_wave(b"old")
     if end == "stopped":
         before[0].halt(Stopped(signal.SIGTERM))
-    if end == "ended":
-        before[0].end_waves()
+    if end == "ended":  # and torchrun starts all processes again
+        before[0].end_waves(is_complete=False)
     for coordinator in reversed(before):
         coordinator._client.close() if end == "killed" else coordinator.__exit__(None, None, None)
     as_process("B")

@@ -17,12 +17,12 @@ from torch.distributed import HashStore
 from tests.checkpoints import model_flags
 from tests.definitions import files_in, png_of
 from tests.jobs import last_run, tree
-from userdiff.config import parse_args
-from userdiff.dataset import layout
+from userdiff.config import UsageError, parse_args
+from userdiff.dataset import layout, scan
 from userdiff.dataset.manifest import PartWriter
 from userdiff.dataset.rows import read_lines
 from userdiff.diffusion.model import load_model
-from userdiff.job import run, store_client
+from userdiff.job import group, run, store_client
 from userdiff.job.run import run_process
 from userdiff.job.store import Coordinator
 from userdiff.shutdown import Halted, Shutdown, Stopped
@@ -231,7 +231,7 @@ def test_what_somebody_puts_in_an_images_place_meanwhile_is_left_to_the_next_run
     assert job(out, 1, {}) == [1]
     assert len(calls) == 1 if path.is_dir() else calls[1:] == [path.read_bytes()]
     assert last_run(out)["failed"] == [[2, 3]]
-    assert "Failed: 1 image is gone or changed since written" in capsys.readouterr().out
+    assert "Failed: 1 image is not written, or gone or changed since" in capsys.readouterr().out
 
 
 def test_what_goes_again_and_again_is_given_up(job, tmp_path, monkeypatch, capsys):
@@ -245,5 +245,122 @@ def test_what_goes_again_and_again_is_given_up(job, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(run, "make_images", make_and_lose)
     assert job(out, 1, {}) == [1]
     assert len(calls) == 1 + run.WAVES_IN_VAIN
-    assert "Failed: 1 image is gone or changed since written" in capsys.readouterr().out
+    assert "Failed: 1 image is not written, or gone or changed since" in capsys.readouterr().out
     assert last_run(out)["failed"] == [[2, 3]]
+
+
+@pytest.mark.parametrize("how", ["edited", "killed in the second wave"])
+def test_what_a_run_made_is_counted_of_what_it_was_to_make(job, tmp_path, monkeypatch, how):
+    """A resumed run may lose more finished images than it has to make; the record would not take a number below zero."""
+    out, make_images, calls = tmp_path / "out", run.make_images, []
+    assert job(out, 1, {}) == [0]
+    for index in (7, 8):
+        (out / "user_01" / f"generated_{index:03d}.png").unlink()
+
+    def make_and_lose(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise Killed
+        make_images(*args, **options)
+        if how != "edited":
+            shutil.rmtree(out / "user_02")
+            return
+        for index in range(5):
+            path = out / "user_02" / f"generated_{index:03d}.png"
+            with Image.open(path) as image:
+                path.write_bytes(png_of(image.text, image.size, "white"))
+
+    monkeypatch.setattr(run, "make_images", make_and_lose)
+    if how == "edited":
+        assert job(out, 1, {}) == [1]
+    else:
+        with pytest.raises(Killed):
+            job(out, 1, {})
+    assert last_run(out)["published"] == 2
+    read_status(out)  # takes the record for one of ours
+
+
+def test_a_wave_that_lost_somebody_is_not_in_vain(job, reference, tmp_path, monkeypatch):
+    """Its images may be made very well, by others: here, the one that is left is claimed by two who die of nothing else."""
+    out, claim = tmp_path / "out", Process.next_batch
+    assert job(out, 1, {}) == [0]
+    (out / "user_01" / "generated_007.png").unlink()
+    claimed = {1: threading.Event(), 2: threading.Event()}
+
+    def next_batch(process):
+        if process.process_index == process._wave:  # process 1 in wave 1, process 2 in wave 2
+            Coordinator.next_batch(process)
+            claimed[process._wave].set()
+            process.has_ended_early = True
+            process._client.close()
+            raise Killed
+        if process._wave in claimed:
+            claimed[process._wave].wait(20)
+        return claim(process)
+
+    monkeypatch.setattr(Process, "next_batch", next_batch)
+    assert job(out, 3, {})[0] == 0
+    assert tree(out) == tree(reference)
+    assert len(last_run(out)["lost"]) == 2
+
+
+def test_a_signal_between_waves_is_heard(job, tmp_path, monkeypatch):
+    """What a lost machine noted is read then, maybe for minutes."""
+    out, read = tmp_path / "out", scan._prove
+    num_read = []
+
+    def prove(*args, **options):
+        num_read.append(1)
+        players[0].shutdown.set(Stopped(signal.SIGTERM))
+        return read(*args, **options)
+
+    def begin_wave(process, plan):
+        players.append(process)
+        process._lost[0] = "as if it were lost"  # so that its part is read
+        begin(process, plan)
+
+    players, begin = [], Coordinator.begin_wave
+    monkeypatch.setattr(Process, "begin_wave", begin_wave)
+    monkeypatch.setattr(scan, "_prove", prove)
+    with pytest.raises(Stopped):
+        job(out, 1, {})
+    assert num_read
+    assert last_run(out)["state"] == "stopped by signal 15"
+    assert last_run(out)["lost"] == ["as if it were lost"]  # though it ended early
+
+
+def test_a_main_process_that_the_others_have_given_up_says_so(job, tmp_path, monkeypatch):
+    """After a suspension, its launcher ends it with nothing but a signal."""
+    out, make_images = tmp_path / "out", run.make_images
+
+    def wake_and_make(config, model, plan, coordinator, **options):
+        coordinator._client._pulse = lambda store: None
+        coordinator._ask(lambda store: group.set_reason(store, "process 0 has given no sign of life for 60 s"))
+        coordinator.shutdown.set(Stopped(signal.SIGTERM))
+        make_images(config, model, plan, coordinator, **options)
+
+    monkeypatch.setattr(run, "make_images", wake_and_make)
+    with pytest.raises(Stopped):
+        job(out, 1, {})
+    assert last_run(out)["cause"] == "process 0 has given no sign of life for 60 s"
+
+
+def test_a_process_with_the_folder_of_another_job_makes_nothing_in_it(checkpoint, tmp_path, monkeypatch):
+    """One that is late for a first job of a launch may meet the second one's."""
+    flags = [*model_flags(checkpoint), "--num_inference_steps", "1"]
+    configs = [parse_args([*flags, "--output_dir", str(tmp_path / name)]) for name in "BA"]
+    model, store = load_model(configs[0], torch.device("cpu"), "no"), HashStore()
+
+    monkeypatch.setattr(run, "make_images", lambda *args, on_step, **options: [on_step() for _ in iter(int, 1)])
+
+    def play(process_index):
+        with Coordinator(lambda: store, process_index, 2) as coordinator:
+            return run_process(configs[process_index], model, coordinator)
+
+    with ThreadPoolExecutor(2) as threads:
+        main, late = (threads.submit(play, process_index) for process_index in range(2))
+        with pytest.raises(UsageError, match=r"--output_dir: .*A in process 1"):
+            late.result(60)
+        with pytest.raises(Halted):
+            main.result(60)
+    assert not (tmp_path / "A").exists()

@@ -4,10 +4,15 @@ import signal
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
+from tests.checkpoints import model_flags
+from userdiff.config import parse_args
+from userdiff.dataset import locks
 from userdiff.job import worker
+from userdiff.job.plan import make_plan
 from userdiff.job.worker import WriterPool
 from userdiff.shutdown import Shutdown, Stopped
 
@@ -222,3 +227,21 @@ def test_a_stop_is_heard_by_whoever_waits_for_a_slow_disk(monkeypatch, where):
         if where == "submitting":
             pool.submit(write)
     assert len(written) == 2  # those under way
+
+
+def test_the_folder_is_held_before_a_batch_is_claimed(tmp_path, checkpoint):
+    """Else a process that is suspended in between would write into the next job's dataset."""
+    config = parse_args([*model_flags(checkpoint), "--output_dir", str(tmp_path)])
+    held = []
+
+    def next_batch():
+        with pytest.raises(ValueError, match="open for writing"):
+            locks.wait_for_writers(tmp_path, seconds=0)
+        held.append(True)
+        return 99
+
+    coordinator = SimpleNamespace(next_batch=next_batch, part_number=1, check=lambda: None)
+    plan = make_plan([1], 3, 4)
+    worker.make_images(config, None, plan, coordinator, compress_level=6, on_step=lambda: None)
+    assert held == [True]
+    assert not list(tmp_path.iterdir())

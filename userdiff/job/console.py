@@ -211,7 +211,7 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
 
     As soon as there is a batch of images to judge by, warns of a disk that will not hold the rest.
     """
-    (images_before, bytes_before), known_lost = coordinator.published(), set(coordinator.lost())
+    images_before, bytes_before = coordinator.published()
     with progress.make_bar(plan.num_items, plan.num_done) as bar:
         shown, is_judged = time.monotonic(), not plan.num_pending
 
@@ -223,10 +223,8 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
             bar.update(plan.num_done + num_made - bar.n)  # shows itself every `mininterval`
 
         def warn_of_lost() -> None:
-            for index, which in coordinator.lost().items():
-                if index not in known_lost:
-                    known_lost.add(index)
-                    warn(f"{which}: lost, the others make what it leaves")
+            for which in coordinator.newly_lost():
+                warn(f"{which}: lost, the others make what it leaves")
 
         def refresh() -> None:
             nonlocal shown, is_judged
@@ -240,7 +238,7 @@ def show_progress(output_dir: Path, plan: Plan, coordinator: Coordinator) -> Ite
             num_images, num_bytes = num_images - images_before, num_bytes - bytes_before
             if not is_judged and num_images >= min(plan.batch_size, plan.num_pending):
                 is_judged = True
-                left = plan.num_pending - num_images
+                left = max(plan.num_pending - num_images, 0)
                 _warn_of_full_disk(output_dir, left, "about", left * num_bytes / num_images)
 
         try:
@@ -263,12 +261,13 @@ def conclude(config: JobConfig, model: JobModel, plan: Plan, coordinator: Coordi
     if entry.lost:
         were = "was" if len(entry.lost) == 1 else "were"
         of_all = f"{len(entry.lost)} of {count(coordinator.num_processes, 'process', 'processes')}"
-        write(f"Lost: {of_all} {were} lost ({'; '.join(entry.lost)}); the others made what was left")
+        rest = "" if entry.failed else "; the others made what was left"
+        write(f"Lost: {of_all} {were} lost ({'; '.join(entry.lost)}){rest}")
     not_finite = set(coordinator.reported("failed"))
     bad = [item for item in entry.failed if item in not_finite]
     gone = [item for item in entry.failed if item not in not_finite]
     _write_images("Failed", bad, "not finite; the same command tries again")
-    _write_images("Failed", gone, "gone or changed since written; the same command makes up for it")
+    _write_images("Failed", gone, "not written, or gone or changed since; the same command makes up for it")
     flat, num_flat = coordinator.reported("flat"), coordinator.num_reported("flat")
     _write_images("Warning", flat, "one single colour, which a model seldom means", num_flat)
     _warn_of_random_conditioning(config, model)

@@ -104,6 +104,15 @@ def _was_begun_by(launch: str | None, output_dir: Path) -> bool:
     return False
 
 
+def has_ended(output_dir: Path, launch: str | None) -> bool:
+    """Return whether the folder's record says that a run of this launch has come to its end, with every image there."""
+    with suppress(ValueError, OSError):
+        record = RunRecord.read(output_dir)
+        entries = [entry for entry in record.history if entry.launch == launch] if record and launch else []
+        return bool(entries) and entries[-1].state == "ended" and not entries[-1].failed
+    return False
+
+
 def _check_writable(output_dir: Path) -> None:
     """Raise UsageError where the folder, or the nearest one above it that exists, cannot be written to."""
     nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
@@ -362,13 +371,15 @@ def history_entry(
         launch=coordinator.launch_id(),
     )
 
-    def note_early_end(error: BaseException, silent: Collection[str] = ()) -> None:
+    def note_early_end(error: BaseException, cause: str = "") -> None:
+        """Note how the run ended. cause: why a launcher may have sent the signal."""
         if entry.state == "running":
             entry.published += num_part_rows(output_dir)
+            entry.lost = list(coordinator.lost().values()) or None
         if isinstance(error, Halted):
             error.progress = f"{plan.num_done + entry.published} of {plan.num_items} images are in {output_dir}"
-        if isinstance(error, Stopped) and silent:  # maybe by a launcher, one of whose processes died
-            entry.cause = f"no sign of life from {', '.join(silent)}"
+        if isinstance(error, Stopped) and cause:
+            entry.cause = cause
             error.progress = f"{entry.cause}; {error.progress}"
         with suppress(OSError):  # the disk may be the cause; `running`, with nobody holding the folder, says enough
             record.end(output_dir, error)
@@ -380,12 +391,15 @@ def history_entry(
             record.end(output_dir)
         except BaseException as error:
             end = disk_failure(error) if isinstance(error, OSError) else error
-            silent: list[str] = []
+            cause = ""
             with suppress(Halted):  # the store may be gone
-                coordinator.halt(end)
+                reason = coordinator.halt(end)
+                if isinstance(reason, Failed) and reason is not end:  # others had given this process up
+                    cause = str(reason)
                 seconds_left = coordinator.shutdown.seconds_left() - 1  # one to note the end
-                silent = coordinator.wait_until_left(min(LEAVE_SECONDS, seconds_left))
-            note_early_end(end, silent)
+                if silent := coordinator.wait_until_left(min(LEAVE_SECONDS, seconds_left)):
+                    cause = f"no sign of life from {', '.join(silent)}"
+            note_early_end(end, cause)
             if end is error:
                 raise
             raise end from error

@@ -37,11 +37,12 @@ from userdiff.diffusion import gpu_errors
 from userdiff.diffusion.acceleration import Compilation
 from userdiff.diffusion.model import JobModel, has_bf16, load_model
 from userdiff.job import console, launcher, output_folder, store
+from userdiff.job.group import JobIsOverError
 from userdiff.job.plan import Plan, make_plan
 from userdiff.job.progress import said_if_slow, show_reading
 from userdiff.job.store import Coordinator
 from userdiff.job.worker import make_images
-from userdiff.shutdown import Shutdown
+from userdiff.shutdown import Failed, Shutdown
 from userdiff.text import count
 from userdiff.tools.preview import preview_page
 
@@ -69,21 +70,33 @@ def run(config: JobConfig, shutdown: Shutdown) -> int:
     launcher.check_overwrite(config)
     launcher.shard_of(config)  # one that cannot be told is refused before models are loaded
     device = choose_device(config.device)
-    with store.connect(shutdown, console.note) as coordinator:
-        if not config.dry_run:
-            output_folder.look_meanwhile(config.output_dir, coordinator)
-        set_kernels(config.allow_tf32)
-        try:
-            with gpu_errors.as_failed(f"the models do not fit into the memory that {device} has free"):
-                _look_at_gpus(config, device, coordinator)
-                precision = _precision(config, device, coordinator)
-                loading = f"Loading {config.unet_path}, {config.vae_path} and {config.condition_encoder_path} ..."
-                with said_if_slow(loading, coordinator.is_main_process):
-                    model = load_model(config, device, precision, compilation())
-            coordinator.check()
-            return run_process(config, model, coordinator)
-        except OSError as error:
-            raise output_folder.disk_failure(error) from error
+    try:
+        with store.connect(shutdown, console.note) as coordinator:
+            try:
+                return _load_and_run(config, device, coordinator)
+            except OSError as error:
+                raise output_folder.disk_failure(error) from error
+            except Failed as failure:
+                # Who loads slowly, or was suspended, may find the store gone because all is made.
+                if failure.is_alone and output_folder.has_ended(config.output_dir, coordinator.launch_id()):
+                    return 0
+                raise
+    except JobIsOverError as over:
+        return over.exit_status
+
+
+def _load_and_run(config: JobConfig, device: torch.device, coordinator: Coordinator) -> int:
+    if not config.dry_run:
+        output_folder.look_meanwhile(config.output_dir, coordinator)
+    set_kernels(config.allow_tf32)
+    with gpu_errors.as_failed(f"the models do not fit into the memory that {device} has free"):
+        _look_at_gpus(config, device, coordinator)
+        precision = _precision(config, device, coordinator)
+        loading = f"Loading {config.unet_path}, {config.vae_path} and {config.condition_encoder_path} ..."
+        with said_if_slow(loading, coordinator.is_main_process):
+            model = load_model(config, device, precision, compilation())
+    coordinator.check()
+    return run_process(config, model, coordinator)
 
 
 # What a process begins with ------------------------------------------------------------------------------------------
@@ -152,7 +165,10 @@ def _look_at_gpus(config: JobConfig, device: torch.device, coordinator: Coordina
     processes = count(launcher.num_local_processes(), "process", "processes")
     warns_here = f"gpus {coordinator.machine_index}"
     if device.type == "cuda":
-        name = f"gpu {coordinator.machine_index} {torch.cuda.get_device_properties(device).uuid}"
+        # A process that its launcher started again has the GPU of the one before it.
+        name = (
+            f"gpu {coordinator.machine_index} {coordinator.num_before} {torch.cuda.get_device_properties(device).uuid}"
+        )
         if not coordinator.is_first(name) and coordinator.is_first(warns_here):
             num_gpus = torch.cuda.device_count()
             console.warn(
@@ -203,7 +219,7 @@ def _run_main(config: JobConfig, model: JobModel, coordinator: Coordinator) -> i
         record.manifest_sha256 = write_manifest(output_dir, found.rows_to_keep(), console.say_kept)
         del found  # its rows take 60 bytes an image
         with output_folder.history_entry(output_dir, record, numerics, plan, coordinator) as entry:
-            coordinator.set("run", json.dumps([model.run, numerics]))
+            coordinator.set("run", json.dumps([model.run, numerics, os.path.realpath(output_dir)]))
             rows, missing = make_missing(config, model, plan, record, coordinator)
             entry.failed = [missing.item(number) for number in missing.pending.nonzero()[0].tolist()]
             page = preview_page(output_dir, rows, record, ended=datetime.now(timezone.utc))
@@ -217,13 +233,15 @@ def make_missing(
 ) -> tuple[Rows, Plan]:
     """Have all processes make what is missing, wave after wave (main process).
 
+    plan: what is left to make of all that was asked for. Each wave has what is still missing of it.
+
     Returns the rows of what is there in the end, and what is not. What is missing after a wave was claimed by a process that
     was lost, or has gone from the folder. An image that is not finite would be so again, and one that somebody has edited is
     left to the next run.
     """
     output_dir, recipe = config.output_dir, Recipe.of(model.identity, model.run)
-    entry = record.history[-1]
-    wave, num_in_vain = plan, 0
+    entry, checked = record.history[-1], coordinator.shutdown.checked
+    wave, num_in_vain, num_losses = plan, 0, 0
     while True:
         # Every process, this one too, claims batches until none is left.
         with console.show_progress(output_dir, wave, coordinator) as refresh:
@@ -235,18 +253,28 @@ def make_missing(
         # Find out what is there; do not assume it.
         parts = layout.part_paths(output_dir)
         trusted = [path for path in parts if not coordinator.has_lost_part(layout.part_number(path))]
-        found = find_finished(output_dir, recipe, record.manifest_sha256, trusted_parts=trusted)
+        found = find_finished(
+            output_dir,
+            recipe,
+            record.manifest_sha256,
+            trusted_parts=trusted,
+            track=lambda items, total: checked(show_reading(items, total)),
+        )
         made = found.rows.image_indices()
         missing = make_plan(plan.user_ids, plan.num_images_per_user, plan.batch_size, made, plan.shard)
         changed = [*found.foreign_images, *((row.user_id, row.image_index) for row in found.edited)]
         to_make = missing.without([*coordinator.reported("failed"), *changed])
-        num_in_vain = num_in_vain + 1 if to_make.num_pending >= wave.num_pending else 0
+        if to_make.num_pending < wave.num_pending:
+            num_in_vain = 0
+        elif coordinator.num_losses == num_losses:  # else nobody knows whether it can be made
+            num_in_vain += 1
+        num_losses = coordinator.num_losses
         is_last = not to_make.num_pending or num_in_vain == WAVES_IN_VAIN
         if is_last:
-            coordinator.end_waves()
+            coordinator.end_waves(is_complete=not missing.num_pending)
         rows = found.rows_to_keep()
         record.manifest_sha256 = write_manifest(output_dir, rows, console.say_kept)
-        entry.published = plan.num_pending - missing.num_pending
+        entry.published = int((plan.pending & ~missing.pending).sum())
         entry.lost = list(coordinator.lost().values()) or None
         if is_last:
             return rows, missing
@@ -261,7 +289,13 @@ def _run_other(config: JobConfig, model: JobModel, coordinator: Coordinator) -> 
     if coordinator.has_ended():
         return 0  # it comes too late
     output_folder.look(config.output_dir, coordinator)
-    run_hash, numerics = json.loads(coordinator.wait_for("run"))
+    run_hash, numerics, main_dir = json.loads(coordinator.wait_for("run"))
+    # On another machine the folder may have another path; there, `look` has found what the main process put into it.
+    if coordinator.machine_index == 0 and os.path.realpath(config.output_dir) != main_dir:
+        raise UsageError(
+            f"--output_dir: {config.output_dir} in {coordinator.name}, {main_dir} in the main process, which has begun another "
+            "job meanwhile"
+        )
     if run_hash != model.run:
         raise UsageError(
             f"process {coordinator.process_index} has other models or other flags than the main process, or another "

@@ -1,7 +1,20 @@
 """What the processes of a job tell each other, through a c10d store and nothing else: no collective can time out.
 
 The store carries the plan of each wave, the counter from which each process takes its next batch, progress, failed
-images, a sign of life from every process, and the one reason to end early.
+images, a sign of life from every process, and the one reason to end early. Of a group of processes it holds:
+
+| key | value | set by |
+|---|---|---|
+| `kind` | what tells a group that began with this process from another, see `group` | main |
+| `claim/N`, `num_claims/N` | who is process N, and how many have been so far | process N |
+| `name/N`, `beat/N` | what messages call it; counts its pulses | process N |
+| `left/N` | why it left, "" if in order; `here` where another took its place | process N |
+| `works_in/N` | the wave it works in, 0 for none | process N |
+| `waves`, `plan/K`, `next_batch/K` | how many waves there are; of each its plan, and the batches claimed | main; any |
+| `published`, `published_bytes`, `num_KIND`, `KIND/I` | progress, and images to tell of | any |
+| `run`, `shown`, `seen/MACHINE` | what all need to know of the run and its folder | main; a machine |
+| `ended` | that there will be no further wave: `complete` or `incomplete` | main |
+| `halt` | the one reason to end early | any |
 """
 
 import json
@@ -30,6 +43,7 @@ POLL_SECONDS = 0.05
 LEAVE_SECONDS = 5.0  # for processes that have nothing left to do
 MAIN_SECONDS = 10.0  # that others leave the main process to print what is wrong with the arguments or models
 
+_SLOW_PULSES = 60  # that a process may take for its last batch before the main process says that it waits for it
 _HAS_NOT_JOINED = "has not joined the job yet"
 
 T = TypeVar("T")
@@ -56,6 +70,8 @@ class Coordinator:
 
     The job does without a process that is lost: one that gives no sign of life, or that a signal has ended together with its
     machine. Without the main process, it ends.
+
+    Where the launcher starts processes again, a process may hold the place of one that is gone.
     """
 
     def __init__(
@@ -78,17 +94,26 @@ class Coordinator:
         self._unreported = [0, 0]  # images and bytes published, of which the store has not heard
         self._count_lock = threading.Lock()
         self._signs = SignsOfLife()
-        self._watched = range(1, num_processes) if process_index == 0 else range(1)
+        self._watched = (
+            range(1, num_processes) if process_index == 0 else range(1)
+        )  # all watch the main process, it watches all
         self._wave = 0  # the one that this process works in; 0 before the first
-        self._is_over = False  # for the main process: nobody is missed any longer
-        self._gone: set[int] = set()  # for the main process: who is gone in the midst of the waves ...
-        self._lost: dict[int, str] = {}  # ... or was for a while, and in which way
+        self._needs_nobody = False  # for the main process: whoever goes now is not missed
+        self._gone: set[int] = set()  # for the main process: who is gone now, and not waited for
+        self._lost: dict[
+            int, str
+        ] = {}  # for the main process: who was ever gone, and in which way; its part is not trusted
+        self._told: set[int] = set()  # those of them who `newly_lost` has returned
+        self.num_losses = 0  # for the main process: how often it has found a process gone
+        self._launch = ""
+        self._has_heard = False  # whether the reason to end came from another process
         self._say = say
         self._said: set[str] = set()
         self._place: Place | None = None
         self._client = StoreClient(open_store, self._pulse, self._on_silence)
         try:
             self._place = group.join(self._ask_launcher, process_index, num_processes, self._patience_to_join())
+            self._launch = self._ask_launcher(lambda store: group.value_of(store, "launch"))
             self._add(f"beat/{process_index}", 1)
             self._set_wave(0)
             self.set(f"name/{process_index}", self.name)
@@ -104,8 +129,12 @@ class Coordinator:
     @property
     def part_number(self) -> int:
         """The number of this process's part of the manifest: its own, whoever was here before."""
-        num_before = self._place.num_before if self._place else 0
-        return self.process_index + num_before * self.num_processes
+        return self.process_index + self.num_before * self.num_processes
+
+    @property
+    def num_before(self) -> int:
+        """How many processes had this one's place before it, and are gone."""
+        return self._place.num_before if self._place else 0
 
     def __enter__(self) -> "Coordinator":  # noqa: PYI034 - typing.Self is newer than Python 3.10
         return self
@@ -152,7 +181,7 @@ class Coordinator:
 
     def launch_id(self) -> str | None:
         """Return what is the same for all groups of processes of this launch alone; None where there is no launcher."""
-        return self._ask_launcher(lambda store: store.get("launch").decode() if store.check(["launch"]) else None)
+        return self._launch or None
 
     # Waves: the main process publishes a plan, all claim its batches, and what is missing then is the next one
 
@@ -190,20 +219,31 @@ class Coordinator:
         self.set(f"works_in/{self.process_index}", "0")
 
     def wait_for_others(self, on_poll: Callable[[], None]) -> None:
-        """Wait until no other process works in this wave but those that are lost, calling `on_poll` until then.
+        """Wait until no other process works in this wave but those that are gone, calling `on_poll` until then.
 
-        Whoever has yet to come will find no batch.
+        Call it when this process has claimed beyond the last batch: whoever has yet to come will then find none.
         """
+        slow_at = time.monotonic() + _SLOW_PULSES * store_client.PULSE_SECONDS
         for other in self._watched:
-            self.wait_until(partial(self._is_free, other), on_poll)
+
+            def look(other: int = other) -> None:
+                on_poll()
+                if time.monotonic() > slow_at:
+                    self._say_once(f"waiting for {self._ask(partial(_name, other))}, which is still at its last batch")
+
+            self.wait_until(partial(self._is_free, other), look)
+        for other in self._watched:  # restarted by its launcher before it was missed
+            if other not in self._lost and self._add(f"num_claims/{other}", 0) > 1:
+                self._lost[other] = f"{self._ask(partial(_name, other))}, started again by its launcher"
+                self.num_losses += 1
 
     def _is_free(self, other: int) -> bool:
         return other in self._gone or not self._works(other)
 
-    def end_waves(self) -> None:
+    def end_waves(self, *, is_complete: bool) -> None:
         """Let the other processes go: there will be no further wave (main process)."""
-        self._is_over = True
-        self.set("ended")
+        self._needs_nobody = True
+        self.set("ended", group.COMPLETE if is_complete else group.INCOMPLETE)
 
     def has_ended(self) -> bool:
         """Return whether there will be no further wave."""
@@ -212,6 +252,13 @@ class Coordinator:
     def lost(self) -> dict[int, str]:
         """Return the processes that the job has done without for a while, or from then on: index -> which, and how."""
         return dict(self._lost)
+
+    def newly_lost(self) -> list[str]:
+        """Return those of them that this has not returned before."""
+        lost = self.lost()
+        new = [which for index, which in lost.items() if index not in self._told]
+        self._told |= set(lost)
+        return new
 
     def has_lost_part(self, part_number: int) -> bool:
         """Return whether a part of the manifest is that of a process that was lost."""
@@ -265,40 +312,59 @@ class Coordinator:
         try:
             self.shutdown.check()
         except Halted as reason:
-            self.halt(reason)
+            if not self._has_heard:
+                self.halt(reason)
             raise
 
-    def halt(self, error: BaseException, cause: str | None = None) -> None:
-        """End every process because of this error, in the words of `cause` if given; the first reason counts."""
+    def halt(self, error: BaseException, cause: str | None = None) -> Halted | None:
+        """End every process because of this error, in the words of `cause` if given; returns the reason that counts, the first.
+
+        A signal that ends the processes of another machine than the main process's ends these alone.
+        """
         if isinstance(error, Halted):
             self.shutdown.set(error)
+        if self._has_heard:
+            return self.shutdown.reason
         if isinstance(error, Stopped) and self.machine_index > 0:
             error.is_for_others = True
-            return
-        cause = cause or f"{self.name}: {error or type(error).__name__}"
+            return error
+        cause = cause or f"{self.name}: {str(error) or type(error).__name__}"
         exit_status = getattr(error, "exit_status", 1)
         signal_number = error.signal_number if isinstance(error, Stopped) else None
-        self.shutdown.set(self._ask(lambda store: _set_reason(store, cause, exit_status, signal_number)))
+        reason = self._ask(lambda store: group.set_reason(store, cause, exit_status, signal_number))
+        self.shutdown.set(reason)
+        return reason
 
     def wait_until_left(self, seconds: float) -> list[str]:
-        """Wait until the other processes have left or died, but not longer than this; returns the names of the dead."""
+        """Wait until the other processes have left or died, but not longer than this; returns the names of the dead.
+
+        Those that were lost before are not among these.
+        """
         others = {index for index in range(self.num_processes) if index != self.process_index}
         dead: list[str] = []
 
         def have_left() -> bool:
             for other in sorted(others):
-                if self._ask(partial(_has_left, other)):
+                if self._has_left(other):
                     others.remove(other)
                 elif self._signs.is_silent(other, store_client.GONE_AFTER_PULSES):
                     others.remove(other)
-                    if self._signs.has_joined(other):
+                    if self._signs.has_joined(other) and other not in self._lost:
                         dead.append(self._ask(partial(_name, other)))
             return not others
 
         _wait(have_left, seconds)
         return dead
 
+    def _has_left(self, other: int) -> bool:
+        return self._ask(lambda store: group.has_left(store, other))
+
     # Waiting
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._say(line)
 
     def _say_who_is_missed(self) -> None:
         """Print, once for each, which missing processes this one waits for."""
@@ -311,7 +377,7 @@ class Coordinator:
             if self._wave and self.is_main_process and not self._works(other):
                 continue  # nobody waits for it
             self._said.add(key)
-            if self.is_first(key) and not self._ask(partial(_has_left, other)):
+            if self.is_first(key) and not self._has_left(other):
                 given_up = f"; given up after {_seconds(store_client.LOST_AFTER_PULSES)}" if has_joined else ""
                 self._say(f"waiting for {self._ask(partial(_name, other))}, which {what}{given_up}")
 
@@ -340,9 +406,8 @@ class Coordinator:
                 f"{launcher.address()}, as long as process {stopped} is stopped; fg, or kill -CONT {stopped}, goes on"
             )
         # A process of each machine, since none can ask the others who says it.
-        if what not in self._said and launcher.local_process_index() == 0:
-            self._said.add(what)
-            self._say(f"waiting for the launcher on {what}")
+        if launcher.local_process_index() == 0:
+            self._say_once(f"waiting for the launcher on {what}")
         return stopped is not None
 
     # The store
@@ -403,22 +468,24 @@ class Coordinator:
         """Note who is gone before the job needs nobody any longer (main process)."""
         gone = {}
         for other in self._watched:
-            if self._is_over or not self._signs.has_joined(other):
+            if self._needs_nobody or not self._signs.has_joined(other):
                 continue
-            if self._signs.is_silent(other, store_client.GONE_AFTER_PULSES) and _has_left(other, store):
+            if self._signs.is_silent(other, store_client.GONE_AFTER_PULSES) and group.has_left(store, other):
                 if reason := store.get(f"left/{other}").decode():
                     gone[other] = f"{_name(other, store)}, {reason}"
             elif self._signs.is_silent(other, store_client.LOST_AFTER_PULSES):
                 gone[other] = f"{_name(other, store)}, no sign of life"
+        self.num_losses += len(gone.keys() - self._gone)
         self._lost |= gone
         self._gone = set(gone)
 
     def _look_for_reason(self, store: Store) -> None:
         patience = store_client.LOST_AFTER_PULSES
-        if not self.is_main_process and self._signs.is_silent(0, patience) and not _has_left(0, store):
-            _set_reason(store, f"{_name(0, store)} has given no sign of life for {_seconds(patience)}")
+        if not self.is_main_process and self._signs.is_silent(0, patience) and not group.has_left(store, 0):
+            group.set_reason(store, f"{_name(0, store)} has given no sign of life for {_seconds(patience)}")
         if store.check(["halt"]):
-            self.shutdown.set(_reason(store.get("halt")))
+            self._has_heard = True
+            self.shutdown.set(group.reason(store.get("halt")))
 
 
 def _seconds(pulses: int) -> str:
@@ -431,10 +498,6 @@ def _wait(condition: Callable[[], bool], seconds: float) -> bool:
     while not (holds := condition()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     return holds
-
-
-def _has_left(process_index: int, store: Store) -> bool:
-    return bool(store.check([f"left/{process_index}"]))
 
 
 def _get(key: str, store: Store) -> bytes:
@@ -450,13 +513,3 @@ def _works_in(process_index: int, store: Store) -> int:
 def _name(process_index: int, store: Store) -> str:
     key = f"name/{process_index}"
     return store.get(key).decode() if store.check([key]) else f"process {process_index}"
-
-
-def _set_reason(store: Store, cause: str, exit_status: int = 1, signal_number: int | None = None) -> Halted:
-    """Set the reason to end the job, where there is none yet; returns the one that counts."""
-    return _reason(store.compare_set("halt", "", json.dumps([cause, exit_status, signal_number])))
-
-
-def _reason(packed: bytes) -> Halted:
-    cause, exit_status, signal_number = json.loads(packed)
-    return Failed(cause, exit_status) if signal_number is None else Stopped(signal_number)

@@ -47,14 +47,27 @@ def make_images(
     However this ends, what was computed is written and noted first. `on_step` is called before every UNet pass and
     while waiting for a GPU; what it raises ends the loop.
     """
-    claimed = takewhile(lambda number: number < len(plan.batches), iter(coordinator.next_batch, None))
-    first = next(claimed, None)
-    if first is None:  # who comes late must leave no file behind: the main process may have merged already
-        return
+    with locks.writing(config.output_dir):  # first: whoever has a batch keeps any later job from starting
+        claimed = takewhile(lambda number: number < len(plan.batches), iter(coordinator.next_batch, None))
+        first = next(claimed, None)
+        # Who comes late, or wakes late, must leave no part behind: the main process may have merged already.
+        if first is not None and not coordinator.has_ended():
+            _make_claimed(config, model, plan, coordinator, chain([first], claimed), compress_level, on_step)
+
+
+def _make_claimed(
+    config: JobConfig,
+    model: JobModel,
+    plan: Plan,
+    coordinator: Coordinator,
+    claimed: Iterable[int],
+    compress_level: int,
+    on_step: Callable[[], None],
+) -> None:
     recipe = Recipe.of(model.identity, model.run)
     part = PartWriter(layout.part_path(config.output_dir, coordinator.part_number))
     pool = WriterPool(WRITER_THREADS, PENDING_BATCHES * plan.batch_size, on_wait=coordinator.check)
-    with locks.writing(config.output_dir), part, pool as writers:
+    with part, pool as writers:
 
         def save(item: Item, pixels: NDArray[np.uint8]) -> None:
             png = encode_png(pixels, recipe.text_chunks(*item), compress_level)
@@ -65,7 +78,7 @@ def make_images(
             if is_flat(pixels):
                 coordinator.report("flat", item)
 
-        for num_before, (number, batch) in enumerate(_batches(config, model, plan, chain([first], claimed), on_step)):
+        for num_before, (number, batch) in enumerate(_batches(config, model, plan, claimed, on_step)):
             if number == 0 and batch.contradicts_range and coordinator.is_first("range"):
                 chosen, other = config.vae_output_range, {"unit": "signed", "signed": "unit"}[config.vae_output_range]
                 console.warn(
