@@ -12,20 +12,21 @@ import userdiff
 
 PACKAGE = Path(userdiff.__file__).parent
 SOURCES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
-BASE = {"config", "identity", "seeds", "shard", "shutdown", "text"}
-FOLDERS = {"dataset", "demo", "diffusion", "job", "tools"}
+BASE = {"conditions", "config", "identity", "seeds", "shard", "shutdown", "text"}
+FOLDERS = {"dataset", "demo", "diffusion", "job", "judge", "tools"}
 ARROWS = {  # folder, or module beside the folders -> what it may import of the package
     "config": {"shard", "text"},
     "dataset": BASE,
     "diffusion": BASE,
     "tools": {*BASE, "dataset", "diffusion.generate", "diffusion.model"},
+    "judge": {*BASE, "dataset", "diffusion.conditioning"},
     "job": {*BASE, "dataset", "diffusion", "tools.preview"},
-    "cli": {*BASE, "dataset", "job", "tools"},
+    "cli": {*BASE, "dataset", "job", "judge", "tools"},
     "__main__": {"cli"},
     "demo": {*BASE, "dataset", "diffusion", "tools", "cli"},
-    **{name: set() for name in ("__init__", "identity", "seeds", "shard", "shutdown", "text")},
+    **{name: set() for name in ("__init__", "conditions", "identity", "seeds", "shard", "shutdown", "text")},
 }
-WITH_TORCH = {"diffusion", "job", "demo", "tools.reproduce"}
+WITH_TORCH = {"diffusion", "job", "judge", "demo", "tools.reproduce"}
 HEAVY = {"torch", "diffusers", "accelerate", "safetensors", "transformers"}
 
 

@@ -13,13 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from userdiff.config import JobConfig, UsageError, natural_number, parse_args, path
+from userdiff.conditions import parse_conditions
+from userdiff.config import JobConfig, UsageError, errors_of, natural_number, parse_args, path
 from userdiff.dataset.atomic import publish, publish_to
 from userdiff.dataset.layout import MANIFEST_NAME, PREVIEW_NAME, file_name, is_own
 from userdiff.job import launcher
 from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
 from userdiff.text import count, listed, printable, refusal
 
+JUDGE_HELP = "a classifier: a .pt2 program, TorchScript (.pt) or .onnx giving logits; or file.py:function giving scores"
+JUDGE_CLASSES_HELP = 'JSON of user id to class, {"17": 0} (default: the row of the embedding)'
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAIN_SECONDS = 10.0  # that others leave the main process to print what is wrong with the command, and to end the job
 
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except OSError as error:
         return _print_error(f"userdiff {name}: error: {refusal(error)}", 2)
-    except ValueError as error:
+    except (ValueError, UsageError) as error:
         return _print_error(f"userdiff {name}: error: {error}", 2)
     except RuntimeError as error:
         return _print_error(f"userdiff {name}: error: {_no_thread(error)}", 1)
@@ -79,6 +82,22 @@ def _make_parser() -> argparse.ArgumentParser:
     sub = add(inspect, "is it the right user, and is it any good: copies, flat and odd images, who is most like whom")
     sub.add_argument("--real", type=Path, help="folder of real images to compare with: a folder per user, as user_07")
     sub.add_argument("--json", type=Path, help="also write the figures to this file")
+    sub = add(
+        judge, "what a classifier of your own says of a dataset, and how many images would pass at which thresholds"
+    )
+    sub.add_argument("--judge", type=str, required=True, metavar="FILE", help=JUDGE_HELP)
+    sub.add_argument("--judge_classes", type=path, metavar="JSON", help=JUDGE_CLASSES_HELP)
+    sub.add_argument(
+        "--accept", nargs="+", default=[], metavar="CONDITION", help="such as confidence>=0.9 (default: margin>0)"
+    )
+    sub.add_argument(
+        "--num_images_per_user",
+        type=natural_number,
+        metavar="N",
+        help="accepted images that are wanted of each user (default: what the dataset was asked for)",
+    )
+    sub.add_argument("--json", type=Path, help="also write the figures to this file")
+    sub.add_argument("--plot", type=Path, help="also write a picture of the scores by user (.png; wants matplotlib)")
     return parser
 
 
@@ -329,5 +348,39 @@ def inspect(output_dir: Path, real: Path | None = None, json: Path | None = None
     if json is not None:
         publish_to(json, report_json(report))
     for line in report_lines(str(output_dir), report):
+        _say(line)
+    return 0
+
+
+def judge(
+    output_dir: Path,
+    judge: str,
+    judge_classes: Path | None = None,
+    accept: Sequence[str] = (),
+    num_images_per_user: int | None = None,
+    json: Path | None = None,
+    plot: Path | None = None,
+) -> int:
+    """Have a classifier of your own look at a dataset's images: scores by user, and who is taken for whom.
+
+    For thresholds, how many images of each user would pass, and how many have to be made for as many as are wanted.
+    """
+    from userdiff.job.progress import said_if_slow, show_reading
+
+    for flag, target in (("--json", json), ("--plot", plot)):
+        if target is not None:
+            _check_target(flag, target, output_dir)
+    with errors_of("--accept"):
+        conditions = parse_conditions(accept)
+    with said_if_slow("Loading torch ...", is_main_process=True):
+        from userdiff.judge import report as tool
+        from userdiff.judge.ratings import rate_with
+    ratings, classes, wanted = rate_with(output_dir, judge, judge_classes, conditions, show_reading)
+    figures = tool.report(ratings, classes, conditions, num_images_per_user or wanted)
+    if json is not None:
+        publish_to(json, tool.report_json(figures))
+    if plot is not None:
+        tool.plot(plot, ratings, conditions)
+    for line in tool.report_lines(str(output_dir), judge, figures):
         _say(line)
     return 0

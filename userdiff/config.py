@@ -17,6 +17,7 @@ from userdiff.shard import MAX_SHARDS, Shard
 from userdiff.text import MAX_USERS, id_range, printable
 
 BUNDLED_CHECKPOINT = Path(__file__).parent / "demo" / "checkpoint"
+BUNDLED_JUDGE = Path(__file__).parent / "demo" / "judge.pt2"
 BUNDLED_NUM_USERS = 10
 DEFAULT_BATCH_SIZE = {"cpu": 16, "cuda": 64}
 """For a new folder, by the kind of device. Larger batches gain little, and lose more when a job is stopped."""

@@ -132,7 +132,7 @@ def user_index_map(
     """
     rows = [row for row in range(num_rows) if row != null_row]
     if user_map is not None:
-        return _read_user_map(user_map, num_rows, null_row)
+        return read_user_map(user_map, num_rows, null_row)
     return dict(zip(range(1, len(rows) + 1) if train_user_ids is None else sorted(train_user_ids), rows, strict=False))
 
 
@@ -162,7 +162,10 @@ def user_ids_of_folders(data_dir: Path, on_note: Callable[[str], None] = ignore)
     return tuple(sorted(folder_of))
 
 
-def _read_user_map(path: Path, num_rows: int, null_row: int | None) -> dict[int, int]:
+def read_user_map(
+    path: Path, num_rows: int, null_row: int | None = None, what: str = "a row of the table"
+) -> dict[int, int]:
+    """Read user id -> index, `{"17": 0, "23": 1}`, from JSON; raises ValueError where two users have the same."""
     needed = 'needed: a JSON object of id to index, like {"17": 0, "23": 1}'
     try:
         pairs = json.loads(path.read_bytes(), object_pairs_hook=tuple)  # a dict would hide repeats
@@ -183,7 +186,7 @@ def _read_user_map(path: Path, num_rows: int, null_row: int | None) -> dict[int,
             raise ValueError(f"{path} names user {user_id} twice, needed: each user once")
         if type(index) is not int or not 0 <= index < num_rows:
             raise ValueError(
-                f"{path} gives user {user_id} the index {brief(index)}, needed: 0 to {num_rows - 1}, a row of the table"
+                f"{path} gives user {user_id} the index {brief(index)}, needed: 0 to {num_rows - 1}, {what}"
             )
         if index == null_row:
             raise ValueError(f"{path} gives user {user_id} the index {index}, which --null_row says is no user's")
