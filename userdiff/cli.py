@@ -81,6 +81,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     sub = add(inspect, "is it the right user, and is it any good: copies, flat and odd images, who is most like whom")
     sub.add_argument("--real", type=Path, help="folder of real images to compare with: a folder per user, as user_07")
+    sub.add_argument("--features", metavar="FILE", help="a network as --judge takes it, giving features [batch, d]")
     sub.add_argument("--json", type=Path, help="also write the figures to this file")
     sub = add(
         judge, "what a classifier of your own says of a dataset, and how many images would pass at which thresholds"
@@ -333,22 +334,32 @@ def _check_target(flag: str, path: Path, output_dir: Path) -> None:
         )
 
 
-def inspect(output_dir: Path, real: Path | None = None, json: Path | None = None) -> int:
+def inspect(output_dir: Path, real: Path | None = None, json: Path | None = None, features: str | None = None) -> int:
     """Read a dataset's images and say, user by user, how they differ, which are copies, and whose they are most like.
 
-    Damaged images are named and passed over.
+    Damaged images are named and passed over. With --features, in the features of a network of your own too: variety, and how
+    near real images (--real) they come.
     """
-    from userdiff.job.progress import show_reading
+    from userdiff.job.progress import said_if_slow, show_reading
     from userdiff.tools import inspect as tool
     from userdiff.tools.inspect_report import report_json, report_lines
 
     if json is not None:
         _check_target("--json", json, output_dir)
+    in_features = None
+    if features is not None:  # first: what is wrong with the file shows before an hour of comparing
+        with said_if_slow("Loading torch ...", is_main_process=True):
+            from userdiff.judge.features import feature_lines, look_at_features
+        real_files = tool.real_files(real) if real else []
+        in_features = look_at_features(output_dir, features, real_files, track=show_reading)
     report = tool.inspect(output_dir, real, track=show_reading)
     if json is not None:
-        publish_to(json, report_json(report))
+        publish_to(json, report_json(report, in_features))
     for line in report_lines(str(output_dir), report):
         _say(line)
+    if features is not None and in_features is not None:
+        for line in feature_lines(features, in_features):
+            _say(line)
     return 0
 
 

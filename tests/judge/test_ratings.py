@@ -95,8 +95,7 @@ def test_images_that_cannot_be_read_are_named_and_passed_over(dataset, judge, cl
 
 def test_a_function_has_its_own_scores_and_no_classes(dataset, pictures, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(FUNCTION)
-    found = figures(tmp_path, dataset, "--judge", f"{tmp_path / 'mine.py'}:bright", "--judge_classes", made(tmp_path),
-                    "--accept", "brightness<0.5", "odd>=1")  # fmt: skip
+    found = figures(tmp_path, dataset, "--judge", f"{tmp_path / 'mine.py'}:bright",                     "--accept", "brightness<0.5", "odd>=1")  # fmt: skip
     for user in found["users"]:
         dark = [pictures[user["user_id"], index].mean() / 255 < 0.5 for index in range(NUM_IMAGES)]
         assert user["accepted"]["rate"] == (sum(dark) / NUM_IMAGES if user["user_id"] % 2 else 0)
@@ -104,12 +103,6 @@ def test_a_function_has_its_own_scores_and_no_classes(dataset, pictures, tmp_pat
     said = capsys.readouterr().out
     assert "none pass" in said
     assert "taken for" not in said
-
-
-def made(tmp_path):
-    path = tmp_path / "some.json"
-    path.write_text('{"1": 0}')
-    return path
 
 
 def test_a_picture_of_the_scores(dataset, judge, classes, tmp_path):

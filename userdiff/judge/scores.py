@@ -19,7 +19,8 @@ _FUNCTION = re.compile(r"(.+\.py):([A-Za-z_]\w*)", re.ASCII)
 _SCORE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _MAX_SCORES = 16
 
-Function = Callable[[Tensor, Sequence[int]], Mapping[str, Any]]
+Function = Callable[[Tensor, Sequence[int]], Any]
+"""A function of the user's own, of images [batch, height, width, channels] uint8 and the user id of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,30 +55,52 @@ def load_judge(source: str, device: torch.device, classes: Mapping[int, int]) ->
 
     source: a file that `load_network` takes, whose output is logits, or `file.py:function`. classes: user id -> class.
     """
-    match = _FUNCTION.fullmatch(source)
-    path = Path(match[1] if match else source)
+    path = Path(source.rpartition(":")[0] if is_function(source) else source)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    if match:
-        return Judge(source=source, sha256=sha256, judge=_of_function(load_function(path, match[2]), source))
-    if path.suffix == ".py":
-        raise ValueError(f"{source} names no function in it, {NEEDED}")
+    function = function_of(source)
+    if function is not None:
+        return Judge(source=source, sha256=sha256, judge=_of_function(function, source))
     return Judge(source=source, sha256=sha256, judge=_of_logits(load_network(path, device), source, classes))
 
 
-def load_function(path: Path, name: str) -> Function:
-    """Run a Python file and return a function of it; raises ValueError with the line of the file that fails."""
+def is_function(source: str) -> bool:
+    """Return whether a source names a function of the user's own, `file.py:function`."""
+    return _FUNCTION.fullmatch(source) is not None
+
+
+def function_of(source: str) -> Function | None:
+    """Run the Python file that a source names and return its function; None for a source that is a network's file.
+
+    Raises ValueError with the line of the file that fails.
+    """
+    if not is_function(source):
+        if source.endswith(".py"):
+            raise ValueError(f"{source} names no function in it, {NEEDED}")
+        return None
+    file, _, name = source.rpartition(":")
+    path = Path(file)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None  # the name ends in .py
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+    except FileNotFoundError:
+        raise
     except Exception as error:
         raise ValueError(_where(path, error)) from error
     function: Function | None = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{path} has no function {name}")
     return function
+
+
+def call_function(function: Function, source: str, images: Tensor, user_ids: Sequence[int]) -> Any:
+    """Return what a function of the user's own returns; raises ValueError with the line of the file that fails."""
+    try:
+        return function(images, user_ids)
+    except Exception as error:
+        raise ValueError(_where(Path(source.rpartition(":")[0]), error)) from error
 
 
 def _where(path: Path, error: BaseException) -> str:
@@ -91,10 +114,7 @@ def _of_function(function: Function, source: str) -> Callable[[Tensor, Sequence[
     """Make a judge of a function of the user's own."""
 
     def judge(images: Tensor, user_ids: Sequence[int]) -> Scores:
-        try:
-            found = function(images, user_ids)
-        except Exception as error:
-            raise ValueError(_where(Path(source.rpartition(":")[0]), error)) from error
+        found = call_function(function, source, images, user_ids)
         if not isinstance(found, Mapping) or not found:
             raise ValueError(
                 f"{source} returns {type(found).__name__}, needed: a mapping of a score's name to [batch] floats"
@@ -157,5 +177,7 @@ def run_network(network: Callable[[Tensor], Tensor], images: Tensor, source: str
         raise ValueError(f"{source} takes no images of {shape} (batch, channels, height, width): {reason}") from error
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images) or output.shape[1] < 2:
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"{source} returns {found} for {len(images)} images, needed: [{len(images)}, classes]")
+        raise ValueError(
+            f"{source} returns {found} for {len(images)} images, needed: [{len(images)}, columns], logits or features"
+        )
     return output

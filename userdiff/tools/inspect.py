@@ -105,15 +105,15 @@ def inspect(output_dir: Path, real_dir: Path | None = None, track: Track = untra
     real_dir: real images to compare with, in folders whose names end in a user's id.
     """
     rows = listed_rows(output_dir)
-    real_files = _real_files(real_dir) if real_dir else []
+    found_real = real_files(real_dir) if real_dir else []
     names = [row.file_name for row in rows]
     users = [row.user_id for row in rows]
     looks = _look_at_all([output_dir / name for name in names], users, track)
     if not len(looks):
         raise ValueError(f"{output_dir}: none of {len(rows)} images can be read, the first is {names[0]}")
-    real = _look_at_all([path for _, path in real_files], [user_id for user_id, _ in real_files], track, _REAL_FORMATS)
+    real = _look_at_all([path for _, path in found_real], [user_id for user_id, _ in found_real], track, _REAL_FORMATS)
     if real_dir and not len(real):
-        raise ValueError(f"--real: none of the {len(real_files)} images in {real_dir} can be read")
+        raise ValueError(f"--real: none of the {len(found_real)} images in {real_dir} can be read")
     full = looks[looks["contrast"] >= FLAT_CONTRAST]
     compared = full[_spread(len(full), COMPARED)]
     near = _near(compared, track)
@@ -137,7 +137,7 @@ def inspect(output_dir: Path, real_dir: Path | None = None, track: Track = untra
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def _real_files(real_dir: Path) -> list[tuple[int, Path]]:
+def real_files(real_dir: Path) -> list[tuple[int, Path]]:
     """Find (user id, file) of real images, sorted, REAL of each user at most."""
     if not real_dir.is_dir():
         raise ValueError(f"--real: {real_dir} is not a folder")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from textwrap import wrap
+from typing import Any
 
 from userdiff.text import count, listed
 from userdiff.tools import inspect as inspection
@@ -57,10 +58,11 @@ def report_lines(name: str, report: Report) -> Iterator[str]:
     yield from _notes(report)
 
 
-def report_json(report: Report) -> bytes:
-    """Return all figures of a report, for every user, as JSON."""
+def report_json(report: Report, features: Any = None) -> bytes:
+    """Return all figures of a report, for every user, as JSON; features: a dataclass of more figures."""
     limits = {name: getattr(inspection, name) for name in ("COPY_DIFFERENCE", "FLAT_CONTRAST", "ODD_SPREADS")}
-    return (json.dumps({"limits": limits, **asdict(report)}, indent=1) + "\n").encode()
+    more = {} if features is None else {"features": asdict(features)}
+    return (json.dumps({"limits": limits, **asdict(report), **more}, indent=1) + "\n").encode()
 
 
 def _table(report: Report) -> Iterator[str]:
