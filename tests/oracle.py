@@ -41,8 +41,13 @@ def oracle_image(
     size: int | None = None,
     scheduler: DDIMScheduler | None = None,
     unscale: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    scale: float = 1.0,
+    null_row: int | None = None,
+    guided: tuple[float, float] = (0.0, 1.0),
 ) -> np.ndarray:
     """[height, width, channels] uint8.
+
+    scale, null_row, guided: guidance away from the token of a row, or from zeros; between these fractions of the steps.
 
     size, scheduler, unscale: where the definition is another than the files of `folder` say.
     """
@@ -65,8 +70,12 @@ def oracle_image(
     generator = torch.Generator().manual_seed(oracle_seed(seed, user_id, image_index))
     size = size or unet.config.sample_size
     latents = torch.randn((1, unet.config.in_channels, size, size), generator=generator)
-    for timestep in scheduler.timesteps:
+    null = torch.zeros_like(condition) if null_row is None else oracle_condition(folder, null_row)[:, None]
+    for number, timestep in enumerate(scheduler.timesteps):
         noise_pred = unet(latents, timestep, condition).sample
+        if scale != 1 and int(guided[0] * steps) <= number < int(guided[1] * steps):
+            null_pred = unet(latents, timestep, null).sample
+            noise_pred = null_pred + scale * (noise_pred - null_pred)
         latents = scheduler.step(noise_pred, timestep, latents, eta=eta, generator=generator).prev_sample
     image = vae.decode(unscale(latents) if unscale else latents / vae.config.scaling_factor).sample
     if signed:

@@ -34,6 +34,7 @@ _OTHER_NAMES = {  # flags of the scripts such models are trained and sampled wit
     "data_root": "train_data_dir",
     "dataset_dir": "train_data_dir",
     "ddim_steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
     "images_per_user": "num_images_per_user",
     "num_images": "num_images_per_user",
     "num_samples": "num_images_per_user",
@@ -91,6 +92,28 @@ def errors_of(flag: str) -> Iterator[None]:
                 if flag == f"--{declared.name}":
                     what += f", needed: {declared.metadata['help'].partition(' (default: ')[0]}"
         raise UsageError(f"{flag}: {what}") from error
+
+
+def null_condition_row(text: str) -> int | None:
+    """Return the row of the table that a null condition is made of, `row:R`; None for `zeros`. Raises ValueError."""
+    match = re.fullmatch(r"row:([0-9]{1,9})", text)
+    if match is None and text != "zeros":
+        raise ValueError(f"{text!r} is neither zeros nor row:R, as row:0")
+    return int(match[1]) if match else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuidanceFlags:
+    """The flags of classifier-free guidance."""
+
+    scale: float = 1.0
+    null_condition: str | None = None
+    """`zeros` or `row:R`."""
+    start: float = 0.0
+    stop: float = 1.0
+
+
+NO_GUIDANCE = GuidanceFlags()
 
 
 # How argparse parses the text of a flag. It puts the message of an ArgumentTypeError into its own error.
@@ -241,6 +264,22 @@ class JobConfig:
         0.0, type=number, bounds=(0, 1),
     )  # fmt: skip
 
+    guidance_scale: float = _flag(
+        _HOW, "classifier-free guidance: null + S * (condition - null); 1 is without (default: %(default)s)",
+        1.0, type=number, metavar="S", bounds=(0, 1000),
+    )  # fmt: skip
+    null_condition: str | None = _flag(
+        _HOW, "what guidance leads away from, as the model was trained with it: zeros, a token of zeros, or row:R, what the "
+        "encoder makes of row R of the table; needed where S is not 1 (default: none)",
+        None, metavar="zeros|row:R",
+    )  # fmt: skip
+    guidance_start: float = _flag(
+        _HOW, "fraction of the steps at which guidance begins (default: %(default)s)", 0.0, type=number, bounds=(0, 1)
+    )
+    guidance_stop: float = _flag(
+        _HOW, "fraction of the steps at which guidance ends (default: %(default)s)", 1.0, type=number, bounds=(0, 1)
+    )
+
     device: str = _flag(
         _RUN, "under a multi-process launch each process takes its own GPU (default: %(default)s)",
         "auto", choices=("auto", "cuda", "cpu"),
@@ -288,6 +327,7 @@ class JobConfig:
             raise UsageError(f"--sample_size: {len(self.sample_size)} numbers, needed: one, or height and width")
         if self.scaling_factor is not None and not 0 < self.scaling_factor < float("inf"):
             raise UsageError(f"--scaling_factor: {self.scaling_factor} is out of range, needed: a number above 0")
+        self._check_guidance()
         given = [name for name in _USERS_FLAGS if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(
@@ -299,6 +339,31 @@ class JobConfig:
         if self.num_shards is not None and self.shard != "auto":
             raise UsageError(f"--num_shards: {self.num_shards} goes with --shard auto alone; --shard I/N says N itself")
         self._check_output_dir()
+
+    def _check_guidance(self) -> None:
+        if self.null_condition is not None:
+            with errors_of("--null_condition"):
+                null_condition_row(self.null_condition)
+        elif self.guidance_scale != 1:
+            raise UsageError(
+                f"--null_condition: missing with --guidance_scale {self.guidance_scale:g}, needed: zeros or row:R, whichever the "
+                "model was trained with; another gives plausible images that are wrong"
+            )
+        if self.guidance_start >= self.guidance_stop:
+            raise UsageError(
+                f"--guidance_stop: {self.guidance_stop:g} is not after --guidance_start {self.guidance_start:g}, needed: a larger "
+                "fraction of the steps"
+            )
+
+    @property
+    def guidance(self) -> GuidanceFlags:
+        """The flags of guidance, together."""
+        return GuidanceFlags(
+            scale=float(self.guidance_scale),
+            null_condition=self.null_condition,
+            start=float(self.guidance_start),
+            stop=float(self.guidance_stop),
+        )
 
     @property
     def is_bundled(self) -> bool:

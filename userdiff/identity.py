@@ -13,6 +13,10 @@ OPTION_DEFAULTS = {
     "vae_output_range": "unit",
     "conditioning": "trained",
     "latents": "scaled",
+    "guidance_scale": 1.0,
+    "null_condition": "none",
+    "guidance_start": 0.0,
+    "guidance_stop": 1.0,
 }
 """An option at its default is left out of the identity, so that a new option changes no old dataset's hash.
 

@@ -316,6 +316,7 @@ class Compilation:
             config.deterministic = True  # no kernel is chosen by timing
         config.freezing = unet.device.type == "cpu" and not self.is_regional
         options = dict(self.options)
+        options["dynamic"] = bool(options.get("dynamic"))  # a second shape, of guided steps, gets kernels of its own
         if unet.device.type == "cuda":  # a pass is a CUDA graph in any case, without Inductor's copies and checks
             config.triton.cudagraphs = False
             options.pop("mode" if options.get("mode") == "reduce-overhead" else "", None)
@@ -340,24 +341,28 @@ class GraphedUNet(nn.Module):
         super().__init__()
         self.unet = unet
         self.config = unet.config
-        self._recording: _Recording | None = None
+        self._recordings: dict[tuple[Any, ...], _Recording] = {}
 
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *, return_dict: bool = False
     ) -> tuple[Tensor]:
-        """Compute `unet(sample, timestep, encoder_hidden_states)[0]`. The next pass overwrites what this one returns."""
+        """Compute `unet(sample, timestep, encoder_hidden_states)[0]`. The next pass overwrites what this one returns.
+
+        There is a recording for every shape of the inputs: two, where only some of the steps are guided.
+        """
         given = (sample, timestep, encoder_hidden_states)
-        if self._recording is None or not self._recording.fits(given):
-            self.forget()
-            self._recording = _record(self.unet, given)
-        for kept, new in zip(self._recording.inputs, given, strict=True):
+        kind = tuple((tensor.shape, tensor.dtype) for tensor in given)
+        if kind not in self._recordings:
+            self._recordings[kind] = _record(self.unet, given)
+        recording = self._recordings[kind]
+        for kept, new in zip(recording.inputs, given, strict=True):
             kept.copy_(new)
-        self._recording.graph.replay()
-        return (self._recording.output,)
+        recording.graph.replay()
+        return (recording.output,)
 
     def forget(self) -> None:
         """Forget what was recorded, and free its memory."""
-        self._recording = None
+        self._recordings = {}
 
 
 @dataclass(frozen=True)
@@ -367,10 +372,6 @@ class _Recording:
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
     output: Tensor
-
-    def fits(self, given: tuple[Tensor, ...]) -> bool:
-        """Return whether it was made for inputs of these shapes and types."""
-        return [(kept.shape, kept.dtype) for kept in self.inputs] == [(new.shape, new.dtype) for new in given]
 
 
 def _record(unet: nn.Module, given: tuple[Tensor, ...]) -> _Recording:

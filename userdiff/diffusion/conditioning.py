@@ -9,6 +9,7 @@ from reprlib import repr as brief
 import torch
 from torch import Tensor, nn
 
+from userdiff.config import null_condition_row
 from userdiff.diffusion.weights import (
     FILE_SUFFIXES,
     NoFitError,
@@ -89,6 +90,22 @@ def load_condition_encoder(
     check_fit(state, encoder.state_dict(), str(file), error=IncompatibleWeightsError)
     encoder.load_state_dict(as_float32(state, encoder.state_dict(), str(file)), assign=True)
     return encoder.eval()
+
+
+def null_token(encoder: UserConditionEncoder, null_condition: str) -> Tensor:
+    """Return the token of the null condition, [1, 1, embed_dim], on the encoder's device.
+
+    null_condition: `zeros`, a token of zeros; `row:R`, what the encoder makes of that row of the table. Raises ValueError for
+    a row that the table does not have.
+    """
+    table = encoder.user_embedding.weight
+    row = null_condition_row(null_condition)
+    if row is None:
+        return torch.zeros(1, 1, table.shape[1], device=table.device, dtype=table.dtype)
+    if row >= len(table):
+        raise ValueError(f"{null_condition} is out of range, needed: row:0 to row:{len(table) - 1}, a row of the table")
+    token: Tensor = encoder(torch.tensor([row], device=table.device)).unsqueeze(1)
+    return token
 
 
 def random_condition_encoder(num_users: int, embed_dim: int, seed: int) -> UserConditionEncoder:

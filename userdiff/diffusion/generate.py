@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from userdiff.config import JobConfig
+from userdiff.config import NO_GUIDANCE, GuidanceFlags, JobConfig
 from userdiff.diffusion import gpu_errors, sampler
 from userdiff.diffusion.acceleration import GraphedUNet, token_vectors
-from userdiff.diffusion.conditioning import UserConditionEncoder
+from userdiff.diffusion.conditioning import UserConditionEncoder, null_token
 from userdiff.diffusion.model import JobModel
 from userdiff.seeds import Item, item_seed
 from userdiff.shutdown import Failed
@@ -43,6 +43,7 @@ def sample(
     num_inference_steps: int,
     eta: float,
     output_range: str,
+    guidance: GuidanceFlags = NO_GUIDANCE,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Sample one image for each item.
@@ -50,6 +51,7 @@ def sample(
     items: [batch] (user_id, image_index), or None for padding. Padding is computed like the rest, from seed 0 and the
         first row of the embedding, so that a forward pass always has the same shape.
     user_index: user id -> row of the embedding.
+    guidance: how far, against which null condition, at which steps.
     on_step: called before every UNet pass; what it raises ends the sampling.
     Returns [batch, channels, height, width] float32 on the models' device, nominally in [0, 1], not clamped.
     Raises ValueError for an `output_range` that is neither `unit` nor `signed`.
@@ -72,9 +74,19 @@ def sample(
         num_inference_steps=num_inference_steps,
         eta=eta,
         generators=generators,
+        guidance=_guidance(unet, condition_encoder, guidance, len(items)),
         on_step=on_step,
     )
     return sampler.decode(vae, latents, output_range=output_range)
+
+
+def _guidance(
+    unet: Any, condition_encoder: UserConditionEncoder, flags: GuidanceFlags, batch_size: int
+) -> sampler.Guidance | None:
+    if flags.null_condition is None or flags.scale == 1:
+        return None
+    null = token_vectors(unet, null_token(condition_encoder, flags.null_condition).expand(batch_size, -1, -1))
+    return sampler.Guidance(scale=flags.scale, null_hidden_states=null, start=flags.start, stop=flags.stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +164,7 @@ def _compute(
         num_inference_steps=config.num_inference_steps,
         eta=config.eta,
         output_range=config.vae_output_range,
+        guidance=config.guidance,
         on_step=on_step,
     )
     computed = (
@@ -188,7 +201,7 @@ def _fitting_batch_size(config: JobConfig, model: JobModel, too_large: int) -> i
 
     Passes are launched kernel by kernel here: a CUDA graph whose recording fails would not give its memory back.
     """
-    one_step = replace(config, num_inference_steps=1)
+    one_step = replace(config, num_inference_steps=1, guidance_start=0.0, guidance_stop=1.0)
     if isinstance(model.unet, GraphedUNet):
         model.unet.forget()
         model = replace(model, unet=model.unet.unet)

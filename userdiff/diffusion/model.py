@@ -1,7 +1,7 @@
 """A job's models as its flags name them: loaded, checked against each other, on their device, and identified."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-from userdiff.config import JobConfig, UsageError, errors_of
+from userdiff.config import JobConfig, UsageError, errors_of, null_condition_row
 from userdiff.diffusion import acceleration
 from userdiff.diffusion import checkpoint as models
 from userdiff.diffusion.acceleration import Compilation, GraphedUNet
@@ -17,6 +17,7 @@ from userdiff.diffusion.conditioning import (
     IncompatibleWeightsError,
     UserConditionEncoder,
     load_condition_encoder,
+    null_token,
     random_condition_encoder,
     user_ids_of_folders,
     user_index_map,
@@ -38,6 +39,7 @@ _DECIDE_PIXELS = (  # flags, beside what lies in the files that they name
     *("vae_path", "unet_path", "unet_config", "condition_encoder_path", "scheduler_path", "train_user_ids"),
     *("train_data_dir", "user_map", "null_row", "sample_size", "scaling_factor", "vae_output_range"),
     *("on_incompatible_weights", "num_inference_steps", "seed", "eta", "mixed_precision"),
+    *("guidance_scale", "null_condition", "guidance_start", "guidance_stop"),
 )
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -145,6 +147,7 @@ def load_model(
         check_steps_finite(scheduler, config.num_inference_steps, config.eta)
     encoder, trained = _load_condition_encoder(config, unet.config.cross_attention_dim, notes.append)
     user_index = _user_index(config, encoder.user_embedding.num_embeddings, notes.append, warnings.append)
+    _check_null_condition(config, encoder, user_index, warnings.append)
     contents = {
         "vae": {"weights": models.content_hash(vae.state_dict()), "config": models.config_values(vae)},
         "unet": {"weights": models.content_hash(unet.state_dict()), "config": models.config_values(unet)},
@@ -191,7 +194,7 @@ def _identity(
     shifts_latents: bool,
 ) -> dict[str, Any]:
     required = {**contents, "seed": config.seed, "num_inference_steps": config.num_inference_steps}
-    options = {
+    options: dict[str, Any] = {
         "eta": float(config.eta),
         "vae_output_range": config.vae_output_range,
         "mixed_precision": precision,
@@ -199,7 +202,28 @@ def _identity(
         "conditioning": conditioning,
         "latents": "shifted" if shifts_latents else "scaled",
     }
+    guidance = config.guidance
+    if guidance.scale != 1:  # else the other three decide nothing
+        options |= {"guidance_scale": guidance.scale, "null_condition": guidance.null_condition}
+        options |= {"guidance_start": guidance.start, "guidance_stop": guidance.stop}
     return make_identity(required, options)
+
+
+def _check_null_condition(
+    config: JobConfig, encoder: UserConditionEncoder, user_index: Mapping[int, int], on_warning: Callable[[str], None]
+) -> None:
+    """Raise UsageError for a null condition that the table does not have; warn of one that is a user's."""
+    if config.null_condition is None:
+        return
+    with errors_of("--null_condition"):
+        null_token(encoder, config.null_condition)
+    row = null_condition_row(config.null_condition)
+    owners = [user_id for user_id, of_user in user_index.items() if of_user == row]
+    if owners and config.guidance_scale != 1:
+        on_warning(
+            f"--null_condition {config.null_condition} is the row of user {owners[0]}, so guidance leads away from them, and "
+            "their own images are not guided; a trainer that has no null row is told by --null_condition zeros"
+        )
 
 
 def _contradicting_sizes(vae: AutoencoderKL, unet: UNet2DConditionModel, other: int) -> str:

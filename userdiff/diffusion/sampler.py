@@ -4,6 +4,7 @@ The batch job and training-time sampling both call these; nothing here knows of 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,26 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Classifier-free guidance: Ho and Salimans 2022, https://arxiv.org/abs/2207.12598, on an interval of the steps.
+
+    The interval is that of diffusers' guiders; limited ones are of Kynkaanniemi et al. 2024, https://arxiv.org/abs/2404.07724.
+    """
+
+    scale: float
+    """0 is the null condition alone, 1 the condition alone; above it, away from the null condition."""
+    null_hidden_states: Tensor
+    """[batch, 1, cross_attention_dim] the null condition, as the `encoder_hidden_states` have the condition."""
+    start: float = 0.0
+    stop: float = 1.0
+    """Fractions of the steps: step i of n is guided where int(start * n) <= i < int(stop * n)."""
+
+    def is_at(self, step: int, num_inference_steps: int) -> bool:
+        """Return whether a step, counted from 0, is guided."""
+        return int(self.start * num_inference_steps) <= step < int(self.stop * num_inference_steps)
+
+
 @torch.no_grad()
 def denoise(
     unet: "UNet2DConditionModel",
@@ -48,6 +69,7 @@ def denoise(
     num_inference_steps: int,
     eta: float = 0.0,
     generators: Sequence[Generator] = (),
+    guidance: Guidance | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Run DDIM from noise to latents: Song et al. 2021, https://arxiv.org/abs/2010.02502, equation (12).
@@ -55,6 +77,7 @@ def denoise(
     latents: [batch, channels, height, width] float32, N(0, 1), already on the UNet's device.
     encoder_hidden_states: [batch, 1, cross_attention_dim], one token per image.
     generators: one per image, those that drew the latents; used for eta > 0 only, and they simply go on.
+    guidance: of the guided steps, the condition and the null condition go through the UNet in one pass of twice the rows.
     on_step: called before every UNet pass; what it raises ends the loop.
     Returns the denoised latents, same shape, float32. Only what enters the UNet is cast to the UNet's own precision;
     the scheduler's arithmetic stays in float32.
@@ -62,10 +85,18 @@ def denoise(
     scheduler.set_timesteps(num_inference_steps)
     dtype = next(unet.parameters()).dtype
     encoder_hidden_states = encoder_hidden_states.to(latents.device, dtype)
+    both = encoder_hidden_states
+    if guidance:
+        both = torch.cat([encoder_hidden_states, guidance.null_hidden_states.to(latents.device, dtype)])
     timesteps = to_device(scheduler.timesteps, latents.device)  # one copy for the whole loop
     for step, timestep in enumerate(scheduler.timesteps.tolist()):
         on_step()
-        model_output = unet(latents.to(dtype), timesteps[step], encoder_hidden_states, return_dict=False)[0].float()
+        if guidance and guidance.is_at(step, num_inference_steps):
+            rows = torch.cat([latents, latents]).to(dtype)
+            conditioned, null = unet(rows, timesteps[step], both, return_dict=False)[0].float().chunk(2)
+            model_output = null + guidance.scale * (conditioned - null)
+        else:
+            model_output = unet(latents.to(dtype), timesteps[step], encoder_hidden_states, return_dict=False)[0].float()
         noise = to_device(initial_latents(generators, latents.shape[1:]), latents.device) if eta > 0 else None
         latents = scheduler.step(model_output, timestep, latents, eta=eta, variance_noise=noise, return_dict=False)[0]
     return latents

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from userdiff.config import MAX_SEED
+from userdiff.config import MAX_SEED, GuidanceFlags
 from userdiff.diffusion.checkpoint import check_agreement, check_vae
-from userdiff.diffusion.conditioning import UserConditionEncoder
+from userdiff.diffusion.conditioning import UserConditionEncoder, null_token
 from userdiff.diffusion.generate import sample
 from userdiff.diffusion.sampler import (
     check_output_range,
@@ -39,12 +39,17 @@ def generate_samples(
     user_index: Mapping[int, int] | None = None,
     vae_output_range: str = "unit",
     batch_size: int = 16,
+    guidance_scale: float = 1.0,
+    null_condition: str | None = None,
+    guidance_start: float = 0.0,
+    guidance_stop: float = 1.0,
 ) -> Tensor:
     """Sample images of users from the models as they are now, with the noise the batch job would give them.
 
     unet, condition_encoder, vae: the models themselves; of those that accelerate prepared, `accelerator.unwrap_model`.
     noise_scheduler: the training loop's own; sampling uses DDIM on its schedule.
     user_index: user id -> row of the embedding; `user_id - 1` where it is not given.
+    guidance_scale, null_condition, guidance_start, guidance_stop: as the job's flags of these names.
     batch_size: images of a pass; where one pass is not enough, the last one is padded, since kernels depend on its size.
     Returns [len(user_ids) * num_images_per_user, height, width, channels] uint8 on the CPU, user by user, images 0,
     1, ... of each: those a batch job with this seed makes, but for last bits where its batches are of another size.
@@ -65,6 +70,10 @@ def generate_samples(
         )
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: {eta} is out of range, needed: 0 to 1")
+    guidance = GuidanceFlags(
+        scale=float(guidance_scale), null_condition=null_condition, start=guidance_start, stop=guidance_stop
+    )
+    _check_guidance(guidance, condition_encoder)
     check_output_range(vae_output_range)
     if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed: {seed!r} is out of range, needed: 0 to {MAX_SEED}")
@@ -95,6 +104,7 @@ def generate_samples(
                 num_inference_steps=num_inference_steps,
                 eta=eta,
                 output_range=vae_output_range,
+                guidance=guidance,
             )
             sampled = sampled[: len(batch)]
             if not start and contradicts_range(sampled, vae_output_range):
@@ -103,6 +113,19 @@ def generate_samples(
                 warnings.warn("some of the decoded images are not finite", stacklevel=3)
             images.append(to_uint8(sampled).cpu())
     return torch.cat(images)
+
+
+def _check_guidance(guidance: GuidanceFlags, condition_encoder: UserConditionEncoder) -> None:
+    if guidance.null_condition is not None:
+        null_token(condition_encoder, guidance.null_condition)
+    elif guidance.scale != 1:
+        raise ValueError(f"null_condition: missing with guidance_scale {guidance.scale:g}, needed: 'zeros' or 'row:R'")
+    if not 0 <= guidance.scale < float("inf"):
+        raise ValueError(f"guidance_scale: {guidance.scale:g} is out of range, needed: 0 or more")
+    if not 0 <= guidance.start < guidance.stop <= 1:
+        raise ValueError(
+            f"guidance_start {guidance.start}, guidance_stop {guidance.stop}, needed: 0 <= start < stop <= 1"
+        )
 
 
 def _check_rows(rows: Mapping[int, int], num_users: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from userdiff.config import JobConfig
+from userdiff.config import GuidanceFlags, JobConfig
 from userdiff.dataset.layout import MANIFEST_NAME, PREVIEW_NAME, file_name
 from userdiff.dataset.run_record import RunEntry
 from userdiff.dataset.scan import Finished
@@ -130,7 +130,18 @@ def _describe(config: JobConfig, model: JobModel, user_ids: Collection[int]) -> 
     if config.is_bundled and config.scheduler_path is None:
         source = "its own"
     yield f"Noise schedule: {_schedule(model.scheduler.config)}; {source} (--scheduler_path)"
-    yield f"Sampling: DDIM, {count(config.num_inference_steps, 'step')}, eta {config.eta:g}, seed {config.seed}"
+    yield (
+        f"Sampling: DDIM, {count(config.num_inference_steps, 'step')}, eta {config.eta:g}, seed {config.seed}"
+        f"{_guided(config.guidance, config.num_inference_steps)}"
+    )
+
+
+def _guided(guidance: GuidanceFlags, num_steps: int) -> str:
+    if guidance.scale == 1:
+        return ""
+    first, end = (int(fraction * num_steps) for fraction in (guidance.start, guidance.stop))
+    null = "a token of zeros" if guidance.null_condition == "zeros" else f"the token of {guidance.null_condition}"
+    return f"; guidance {guidance.scale:g} away from {null}, at steps {first + 1} to {end}"
 
 
 def _sides(shape: Sequence[int]) -> str:

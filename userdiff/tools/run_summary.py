@@ -51,6 +51,7 @@ def run_summary(run_record: RunRecord, ended: datetime | None = None) -> Iterato
         "Steps": f"{identity['num_inference_steps']} of DDIM",
         "Seed": str(identity["seed"]),
         "Eta": str(identity.get("eta", "")),
+        "Guidance": _guidance(identity),
         "Precision": str(identity.get("mixed_precision", "float32")),
         "VAE output range": str(identity.get("vae_output_range", "")),
         "Batch size": str(numerics["batch_size"]),
@@ -66,6 +67,15 @@ def run_summary(run_record: RunRecord, ended: datetime | None = None) -> Iterato
         values["Last run"] = _course(entry, ended)
     values |= {"Runs": str(len(run_record.history)), "Identity": run_record.run[:_HASH_CHARS]}
     yield from ((name, _cut(value)) for name, value in values.items() if value)
+
+
+def _guidance(identity: Mapping[str, Any]) -> str:
+    """Return how far images were guided, away from what, and at which of the steps; empty where they were not."""
+    if "guidance_scale" not in identity:
+        return ""
+    start, stop = identity.get("guidance_start", 0), identity.get("guidance_stop", 1)
+    interval = f", from {start:g} to {stop:g} of the steps" if (start, stop) != (0, 1) else ""
+    return f"{identity['guidance_scale']:g} away from {identity.get('null_condition')}{interval}"
 
 
 def _items(items: Sequence[Item]) -> str:
