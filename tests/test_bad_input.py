@@ -184,6 +184,21 @@ CASES: dict[str, dict[str, Bad]] = {  # by the flag that the line names
         "of nobody": ("--train_data_dir train", "train has no folder", train_folders("a", "b")),
         "beside ids": ("--train_user_ids 1-5 --train_data_dir train", "train goes without", nothing),
     },
+    "--guidance_scale": {
+        "below 0": ("--guidance_scale -1 --null_condition zeros", "-1.0 is out of range", nothing),
+        "no number": ("--guidance_scale nan --null_condition zeros", "nan is out of range", nothing),
+    },
+    "--null_condition": {
+        "not said": ("--guidance_scale 2", "missing with --guidance_scale 2", nothing),
+        "unknown": ("--guidance_scale 2 --null_condition none", "'none' is neither", nothing),
+        "no row": ("--guidance_scale 2 --null_condition row:", "'row:' is neither", nothing),
+        "beyond the table": ("--guidance_scale 2 --null_condition row:5", "row:5 is out of range", nothing),
+    },
+    "--guidance_start": {"below 0": ("--guidance_start -0.1", "-0.1 is out of range", nothing)},
+    "--guidance_stop": {
+        "not after the start": ("--guidance_start 0.5 --guidance_stop 0.5", "0.5 is not after", nothing),
+        "above 1": ("--guidance_stop 1.5", "1.5 is out of range", nothing),
+    },
     "--null_row": {"beyond the table": ("--null_row 5", "5 is", nothing)},
     "--sample_size": {
         "of three": ("--sample_size 8 8 8", "3 numbers", nothing),

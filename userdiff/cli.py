@@ -170,11 +170,11 @@ def _print_end(prog: str, config: JobConfig, end: Halted) -> None:
 
     The main process speaks for all of them; where a machine leaves it, or can no longer reach it, its first process does.
     """
-    is_apart = end.is_alone or end.is_for_others
+    is_apart = end.is_alone or end.others_go_on
     if launcher.process_index() and not (is_apart and launcher.local_process_index() == 0):
         return
     line = f"{prog}: {end}" if isinstance(end, Stopped) else f"{prog}: error: {end}"
-    if end.is_for_others:
+    if end.others_go_on:
         line = f"{line}; what is done is kept in {config.output_dir}, the rest is left to the other machines"
     elif end.exit_status != UsageError.exit_status:  # else the same command would do no better
         progress = end.progress or f"what is done is kept in {config.output_dir}"

@@ -34,7 +34,7 @@ class Halted(Exception):
         # The same in every process: a launcher reports the status of whichever leaves first.
         self.exit_status = exit_status
         self.is_alone = is_alone  # this process can no longer reach the others
-        self.is_for_others = False  # this machine leaves the job, and the others go on
+        self.others_go_on = False  # this machine leaves the job, and the others go on
         self.progress = ""  # how much is done, where the main process could still tell
 
 

@@ -163,27 +163,6 @@ def test_a_null_row_that_is_a_users_warns(flags, tmp_path, capsys):
     assert "is the row of user" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("more", "flag"),
-    [
-        (["--guidance_scale", "2"], "--null_condition: missing with --guidance_scale 2"),
-        (["--guidance_scale", "-1"], "--guidance_scale: -1.0 is out of range"),
-        (["--guidance_scale", "nan"], "--guidance_scale: nan is out of range"),
-        (["--guidance_scale", "2", "--null_condition", "none"], "--null_condition: 'none'"),
-        (["--guidance_scale", "2", "--null_condition", "row:"], "--null_condition: 'row:'"),
-        (["--guidance_scale", "2", "--null_condition", "row:5"], "--null_condition: row:5 is out of range"),
-        (["--guidance_start", "0.5", "--guidance_stop", "0.5"], "--guidance_stop: 0.5 is not after"),
-        (["--guidance_stop", "1.5"], "--guidance_stop: 1.5 is out of range"),
-    ],
-)
-def test_what_is_refused_is_one_line(flags, tmp_path, capsys, more, flag):
-    assert run_job(*flags, *more, "--output_dir", tmp_path / "out") == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"batch_generate.py: error: {flag}")
-    assert said.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_training_loop_is_refused_the_same(flags):
     model = load_model(parse_args(flags))
     live = [model.unet, model.condition_encoder, model.vae, load_noise_scheduler(None), [1]]

@@ -320,7 +320,7 @@ def test_a_signal_ends_a_machine_alone_unless_it_is_the_main_ones(processes, mac
     other.shutdown.set(Stopped(signal.SIGTERM))
     with pytest.raises(Stopped), other:
         other.check()
-    assert other.shutdown.reason.is_for_others == bool(machine)
+    assert other.shutdown.reason.others_go_on == bool(machine)
     if machine:
         main.wait_for_others(main.check)
         assert main.lost() == {1: f"process 1 on {socket.gethostname()}, stopped by SIGTERM"}
@@ -331,7 +331,7 @@ def test_a_signal_ends_a_machine_alone_unless_it_is_the_main_ones(processes, mac
 def test_a_signal_to_the_main_machine_is_not_taken_for_one_of_another_machine(processes):
     main, other = processes(2, machines=(0, 1))
     main.halt(Stopped(signal.SIGTERM))
-    assert not heard(other).is_for_others
+    assert not heard(other).others_go_on
 
 
 def test_an_error_without_words_is_told_by_its_kind(processes):

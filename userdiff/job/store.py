@@ -326,7 +326,7 @@ class Coordinator:
         if self._has_heard:
             return self.shutdown.reason
         if isinstance(error, Stopped) and self.machine_index > 0:
-            error.is_for_others = True
+            error.others_go_on = True
             return error
         cause = cause or f"{self.name}: {str(error) or type(error).__name__}"
         exit_status = getattr(error, "exit_status", 1)
