@@ -190,8 +190,8 @@ CASES: dict[str, dict[str, Bad]] = {  # by the flag that the line names
     },
     "--null_condition": {
         "not said": ("--guidance_scale 2", "missing with --guidance_scale 2", nothing),
-        "unknown": ("--guidance_scale 2 --null_condition none", "'none' is neither", nothing),
-        "no row": ("--guidance_scale 2 --null_condition row:", "'row:' is neither", nothing),
+        "unknown": ("--guidance_scale 2 --null_condition none", "'none' is no null condition", nothing),
+        "no row": ("--guidance_scale 2 --null_condition row:", "'row:' is no null condition", nothing),
         "beyond the table": ("--guidance_scale 2 --null_condition row:5", "row:5 is out of range", nothing),
     },
     "--guidance_start": {"below 0": ("--guidance_start -0.1", "-0.1 is out of range", nothing)},

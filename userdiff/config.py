@@ -98,7 +98,7 @@ def null_condition_row(text: str) -> int | None:
     """Return the row of the table that a null condition is made of, `row:R`; None for `zeros`. Raises ValueError."""
     match = re.fullmatch(r"row:([0-9]{1,9})", text)
     if match is None and text != "zeros":
-        raise ValueError(f"{text!r} is neither zeros nor row:R, as row:0")
+        raise ValueError(f"{text!r} is no null condition, needed: zeros, or row:R as row:0")
     return int(match[1]) if match else None
 
 
