@@ -1,4 +1,4 @@
-"""The command line: `userdiff generate` is `batch_generate.py`; the other commands need no torch."""
+"""The command line: `userdiff generate` is `batch_generate.py`; the others but `judge` need no torch."""
 
 import argparse
 import gc
@@ -22,7 +22,7 @@ from userdiff.shutdown import Failed, Halted, Shutdown, Stopped
 from userdiff.text import count, listed, printable, refusal
 
 JUDGE_HELP = "a classifier: a .pt2 program, TorchScript (.pt) or .onnx giving logits; or file.py:function giving scores"
-JUDGE_CLASSES_HELP = 'JSON of user id to class, {"17": 0} (default: the row of the embedding)'
+JUDGE_CLASSES_HELP = 'JSON file of user id to class, {"17": 0} (default: the row of the embedding)'
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAIN_SECONDS = 10.0  # that others leave the main process to print what is wrong with the command, and to end the job
 
@@ -326,7 +326,12 @@ def _check_picture(picture: Path) -> None:
 
 
 def _check_target(flag: str, path: Path, output_dir: Path) -> None:
-    """Raise ValueError where a file that was asked for would replace one of the dataset, or be taken for one of it."""
+    """Raise ValueError where a file that was asked for would replace one of the dataset, or be taken for one of it.
+
+    So too where it cannot be made: that is not to come out after hours.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag}: {str(path)!r} lies in no folder, needed: one that exists")
     target, folder = (Path(os.path.realpath(one)) for one in (path, output_dir))
     if target.is_relative_to(folder) and is_own(target.relative_to(folder).as_posix()):
         raise ValueError(
@@ -386,6 +391,8 @@ def judge(
     with said_if_slow("Loading torch ...", is_main_process=True):
         from userdiff.judge import report as tool
         from userdiff.judge.ratings import rate_with
+    if plot is not None:
+        tool.check_plot()
     ratings, classes, wanted = rate_with(output_dir, judge, judge_classes, conditions, show_reading)
     figures = tool.report(ratings, classes, conditions, num_images_per_user or wanted)
     if json is not None:

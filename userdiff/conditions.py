@@ -57,6 +57,8 @@ def parse_conditions(texts: Iterable[str]) -> tuple[Condition, ...]:
 def check_names(conditions: Iterable[Condition], names: Iterable[str]) -> None:
     """Raise ValueError where a condition is about a score that the judge does not give."""
     known = list(names)
+    if tuple(conditions) == DEFAULT and DEFAULT[0].score not in known:
+        raise ValueError(f"missing; this judge gives {', '.join(known)}, needed: a condition on one of them")
     for condition in conditions:
         if condition.score not in known:
             raise ValueError(f"{condition} is about no score of this judge, which gives {', '.join(known)}")

@@ -120,8 +120,16 @@ def test_a_file_that_is_not_there(name, tmp_path):
 def test_a_checkpoint_of_weights_is_no_judge(tmp_path):
     path = tmp_path / "best.pt"
     torch.save({"state_dict": Network().state_dict()}, path)
-    with pytest.raises(ValueError, match=r"torch\.export\.save"):
+    with pytest.raises(ValueError, match=r"torch\.export\.save") as caught:
         load_network(path, CPU)
+    # What it advises makes a judge.
+    advice = "torch.export.save" + str(caught.value).partition("torch.export.save")[2]
+    judge = tmp_path / "judge.pt2"
+    exec(
+        advice.replace("judge.pt2", str(judge)),
+        {"torch": torch, "model": Network(), "images": torch.zeros(2, 3, SIDE, SIDE)},
+    )
+    assert load_network(judge, CPU)(torch.zeros(5, 3, SIDE, SIDE)).shape == (5, NUM_CLASSES)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.definitions import name_of, png_of_pixels, write_dataset
 from tests.judges import FUNCTION, NUM_CLASSES, SIDE, Network, expected_scores, save
 from userdiff.cli import main
+from userdiff.judge import report
 
 NUM_IMAGES = 23  # of each user: batches of 16 with ragged ends
 
@@ -105,6 +107,33 @@ def test_a_function_has_its_own_scores_and_no_classes(dataset, pictures, tmp_pat
     assert "taken for" not in said
 
 
+def test_a_function_without_a_condition_is_told_what_it_needs(dataset, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(FUNCTION)
+    assert main(["judge", str(dataset), "--judge", f"{tmp_path / 'mine.py'}:bright"]) == 2
+    said = "--accept: missing; this judge gives brightness, odd, needed: a condition on one of them"
+    assert capsys.readouterr().err == f"userdiff judge: error: {said}\n"
+
+
+def test_a_judge_that_cannot_tell_is_right_about_nobody(dataset, classes, tmp_path, capsys):
+    network = Network()
+    network.weights[0] = torch.nan
+    found = figures(tmp_path, dataset, "--judge", save(tmp_path / "nan.pt2", network), "--judge_classes", classes)
+    for user in found["users"]:
+        assert (user["right"], user["predicted"], user["num_not_finite"]) == (0, {}, NUM_IMAGES)
+    assert "none pass" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there_is_called_so(judge, capsys):
+    assert main(["judge", "nowhere", "--judge", str(judge)]) == 2
+    assert "nowhere holds no dataset: there is no such folder" in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_work(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    assert main(["judge", str(dataset), "--judge", "nowhere.pt2", "--plot", str(tmp_path / "scores.png")]) == 2
+    assert "--plot: matplotlib is not installed" in capsys.readouterr().err
+
+
 def test_a_picture_of_the_scores(dataset, judge, classes, tmp_path):
     flags = ["judge", dataset, "--judge", judge, "--judge_classes", classes, "--plot", tmp_path / "scores.png"]
     assert main([str(flag) for flag in flags]) == 0
@@ -121,6 +150,8 @@ def test_a_picture_of_the_scores(dataset, judge, classes, tmp_path):
         (["--judge_classes", "nowhere.json"], "--judge_classes: nowhere.json"),
         (["--plot", "DATASET/scores.png"], "--plot: "),
         (["--json", "DATASET/run.json"], "--json: "),
+        (["--json", "nowhere/figures.json"], "--json: 'nowhere/figures.json' lies in no folder"),
+        (["--plot", "nowhere/scores.png"], "--plot: 'nowhere/scores.png' lies in no folder"),
     ],
 )
 def test_what_is_refused_is_one_line(dataset, judge, classes, capsys, flags, flag):

@@ -114,7 +114,9 @@ def test_a_terminated_launch_goes_on_where_it_stopped(flags, tmp_path):
 )
 def test_workers_whose_launcher_was_killed_go_too(flags, tmp_path, config, num_processes, number):
     job = [*flags, "--mixed_precision", "no", "--num_images_per_user", 2000, "--output_dir", tmp_path]
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, tests have it ignored, and so would the launcher
+    before = signal.signal(
+        signal.SIGHUP, signal.SIG_DFL
+    )  # under nohup, tests have it ignored, and so would the launcher
     launcher = launch(num_processes, *job, config=f"{config}.yaml")
     signal.signal(signal.SIGHUP, before)
     wait_for(lambda: len(images_in(tmp_path)) >= 8)

@@ -18,7 +18,7 @@ from userdiff.judge.exported import load_exported
 Network = Callable[[Tensor], Tensor]
 TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 NEEDED = "needed: a .pt2 program of torch.export, TorchScript (.pt), .onnx, or file.py:function"
-_EXPORT = "torch.export.save(torch.export.export(model.eval(), (images,), dynamic_shapes={0: torch.export.Dim('batch')}), 'judge.pt2')"
+_EXPORT = "torch.export.save(torch.export.export(model.eval(), (images,), dynamic_shapes=({0: torch.export.Dim('batch')},)), 'judge.pt2')"
 
 
 def load_network(path: Path, device: torch.device) -> Network:

@@ -44,6 +44,8 @@ def rate_with(
     A user's class is the row of the embedding unless `classes_path`, a JSON file, says otherwise. Raises UsageError naming
     the flag of what is wrong.
     """
+    if not output_dir.is_dir():
+        raise ValueError(f"{output_dir} holds no dataset: there is no such folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = RunRecord.read(output_dir)
     batch_size = (record.numerics if record else {}).get("batch_size", DEFAULT_BATCH_SIZE[device.type])

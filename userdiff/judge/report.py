@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from userdiff.conditions import Condition
 from userdiff.judge.ratings import Ratings
-from userdiff.judge.scores import CONFIDENCE, MARGIN
+from userdiff.judge.scores import CONFIDENCE, MARGIN, NO_CLASS
 from userdiff.text import count, listed
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75)
@@ -73,7 +74,7 @@ def report(
 
 
 def _counts(values: NDArray[np.int64]) -> dict[str, int]:
-    found, counts = np.unique(values, return_counts=True)
+    found, counts = np.unique(values[values != NO_CLASS], return_counts=True)
     return {str(value): int(number) for value, number in zip(found, counts, strict=True)}
 
 
@@ -198,12 +199,16 @@ def report_json(figures: Mapping[str, Any]) -> bytes:
     return (json.dumps(figures, indent=1) + "\n").encode()
 
 
+def check_plot() -> None:
+    """Raise ValueError where `plot` cannot draw."""
+    if find_spec("matplotlib") is None:
+        raise ValueError("--plot: matplotlib is not installed, needed: pip install 'userdiff[plot]'")
+
+
 def plot(path: Path, ratings: Ratings, conditions: Sequence[Condition]) -> None:
-    """Write a picture of the scores: a row of axes for each, a box for each user; raises ValueError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ValueError("--plot: matplotlib is not installed, needed: pip install 'userdiff[plot]'") from error
+    """Write a picture of the scores: a row of axes for each, a box for each user."""
+    from matplotlib.figure import Figure
+
     users = np.unique(ratings.user_ids).tolist()
     figure = Figure(figsize=(max(6, 0.25 * len(users)), 3 * len(ratings.names)), layout="constrained")
     axes = figure.subplots(len(ratings.names), squeeze=False)[:, 0]

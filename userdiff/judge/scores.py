@@ -15,9 +15,11 @@ from torch import Tensor
 from userdiff.judge.network import NEEDED, load_network
 
 CONFIDENCE, MARGIN = "confidence", "margin"
+NO_CLASS = -1
 _FUNCTION = re.compile(r"(.+\.py):([A-Za-z_]\w*)", re.ASCII)
 _SCORE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _MAX_SCORES = 16
+_MAX_REASON = 400  # characters
 
 Function = Callable[[Tensor, Sequence[int]], Any]
 """A function of the user's own, of images [batch, height, width, channels] uint8 and the user id of each."""
@@ -31,7 +33,7 @@ class Scores:
     table: Tensor
     """[batch, names] float32 on the device; NaN where the judge could not tell."""
     predicted: Tensor | None
-    """[batch] the most probable class; None where the judge names no classes."""
+    """[batch] the most probable class, NO_CLASS where the logits are not finite; None where the judge names no classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +156,8 @@ def _of_logits(
         confidence = probabilities.gather(1, own)
         others = probabilities.scatter(1, own, -1).amax(dim=1, keepdim=True)
         table = torch.cat([confidence, confidence - others], dim=1)
-        return Scores(names=(CONFIDENCE, MARGIN), table=table, predicted=logits.argmax(dim=1))
+        predicted = logits.argmax(dim=1).where(logits.isfinite().all(dim=1), NO_CLASS)
+        return Scores(names=(CONFIDENCE, MARGIN), table=table, predicted=predicted)
 
     return judge
 
@@ -171,9 +174,9 @@ def run_network(network: Callable[[Tensor], Tensor], images: Tensor, source: str
             output = network(pixels)
     except Exception as error:
         shape = " x ".join(map(str, pixels.shape))
-        reason = next(
-            (line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__
-        )
+        said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(said)
+        reason = reason if len(reason) <= _MAX_REASON else said[-1]  # below a traceback of the network's own code
         raise ValueError(f"{source} takes no images of {shape} (batch, channels, height, width): {reason}") from error
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images) or output.shape[1] < 2:
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
