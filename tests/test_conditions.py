@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from userdiff.conditions import DEFAULT, Condition, as_written, check_names, parse_conditions
+from userdiff.conditions import DEFAULT, Condition, as_written, conditions_on, parse_conditions
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_conditions_that_mean_the_same_are_the_same():
     assert parse_conditions(["margin>0.50", "confidence>=9e-1", "margin>.5"]) == parse_conditions(
         ["confidence>=0.9", "margin>0.5"]
     )
-    assert parse_conditions([]) == DEFAULT
+    assert conditions_on(["confidence", "margin"], parse_conditions([])) == DEFAULT
     assert [str(condition) for condition in DEFAULT] == ["margin>0"]
 
 
@@ -66,4 +66,6 @@ def test_a_score_that_is_written_survives_a_float32(score):
 
 def test_a_condition_on_an_unknown_score_is_refused():
     with pytest.raises(ValueError, match=r"blur>=1 .* confidence, margin"):
-        check_names(parse_conditions(["margin>0", "blur>=1"]), ["confidence", "margin"])
+        conditions_on(["confidence", "margin"], parse_conditions(["margin>0", "blur>=1"]))
+    with pytest.raises(ValueError, match=r"margin>0 is about no score"):  # said, and not merely the default
+        conditions_on(["blur"], parse_conditions(["margin>0"]))

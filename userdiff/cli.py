@@ -394,11 +394,11 @@ def judge(
     if plot is not None:
         tool.check_plot()
     ratings, classes, wanted = rate_with(output_dir, judge, judge_classes, conditions, show_reading)
-    figures = tool.report(ratings, classes, conditions, num_images_per_user or wanted)
+    figures = tool.report(ratings, classes, num_images_per_user or wanted)
     if json is not None:
         publish_to(json, tool.report_json(figures))
     if plot is not None:
-        tool.plot(plot, ratings, conditions)
+        tool.plot(plot, ratings)
     for line in tool.report_lines(str(output_dir), judge, figures):
         _say(line)
     return 0

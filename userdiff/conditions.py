@@ -3,7 +3,7 @@
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -50,18 +50,22 @@ DEFAULT = (Condition("margin", ">", 0.0),)
 
 
 def parse_conditions(texts: Iterable[str]) -> tuple[Condition, ...]:
-    """Parse conditions, all of which have to hold; DEFAULT where there are none. Raises ValueError."""
-    return tuple(sorted({Condition.parse(text) for text in texts})) or DEFAULT
+    """Parse conditions, all of which have to hold; none may be given. Raises ValueError."""
+    return tuple(sorted({Condition.parse(text) for text in texts}))
 
 
-def check_names(conditions: Iterable[Condition], names: Iterable[str]) -> None:
-    """Raise ValueError where a condition is about a score that the judge does not give."""
-    known = list(names)
-    if tuple(conditions) == DEFAULT and DEFAULT[0].score not in known:
-        raise ValueError(f"missing; this judge gives {', '.join(known)}, needed: a condition on one of them")
-    for condition in conditions:
-        if condition.score not in known:
-            raise ValueError(f"{condition} is about no score of this judge, which gives {', '.join(known)}")
+def conditions_on(names: Collection[str], given: tuple[Condition, ...]) -> tuple[Condition, ...]:
+    """Return the conditions on the scores of these names: those given, else DEFAULT.
+
+    Raises ValueError where one is about a score that there is not.
+    """
+    for condition in given or DEFAULT:
+        if condition.score not in names:
+            known = ", ".join(names)
+            if not given:
+                raise ValueError(f"missing; this judge gives {known}, needed: a condition on one of them")
+            raise ValueError(f"{condition} is about no score of this judge, which gives {known}")
+    return given or DEFAULT
 
 
 def as_written(score: float) -> str:

@@ -228,8 +228,9 @@ class Coordinator:
 
             def look(other: int = other) -> None:
                 on_poll()
-                if time.monotonic() > slow_at:
-                    self._say_once(f"waiting for {self._ask(partial(_name, other))}, which is still at its last batch")
+                if time.monotonic() > slow_at and (key := f"process {other} is slow") not in self._said:
+                    self._said.add(key)
+                    self._say(f"waiting for {self._ask(partial(_name, other))}, which is still at its last batch")
 
             self.wait_until(partial(self._is_free, other), look)
         for other in self._watched:  # restarted by its launcher before it was missed
@@ -361,11 +362,6 @@ class Coordinator:
 
     # Waiting
 
-    def _say_once(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            self._say(line)
-
     def _say_who_is_missed(self) -> None:
         """Print, once for each, which missing processes this one waits for."""
         for other in self._watched:
@@ -406,8 +402,9 @@ class Coordinator:
                 f"{launcher.address()}, as long as process {stopped} is stopped; fg, or kill -CONT {stopped}, goes on"
             )
         # A process of each machine, since none can ask the others who says it.
-        if launcher.local_process_index() == 0:
-            self._say_once(f"waiting for the launcher on {what}")
+        if what not in self._said and launcher.local_process_index() == 0:
+            self._said.add(what)
+            self._say(f"waiting for the launcher on {what}")
         return stopped is not None
 
     # The store

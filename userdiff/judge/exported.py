@@ -10,9 +10,9 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.export import ExportedProgram
@@ -30,6 +30,7 @@ _SIZE = re.compile(r"[\w+\-*/(), ]*", re.ASCII)
 _IN_SIZES = re.compile(r"[suz]\d+|zuf\d+|int_oo|Max|Min|Mod|FloorDiv|CleanDiv|CeilDiv|PythonMod")
 _NAME = re.compile(r"[\w.]*", re.ASCII)
 _IMPORTS = re.compile(r"__|\\u|defaultdict")  # in what describes the arguments: classes that torch would import
+_TENSORS_ALONE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _MAX_JSON = 2**27  # bytes of a description
 
 
@@ -38,14 +39,26 @@ def load_exported(path: Path) -> ExportedProgram:
     try:
         with zipfile.ZipFile(path) as archive:
             _check(archive)
-        # Of the example inputs too, only tensors are loaded.
-        with patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}):
+        with _only_tensors():
             return torch.export.load(path)
     except (OSError, ValueError):
         raise
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} cannot be loaded by torch {torch.__version__} ({first_line})") from error
+
+
+@contextmanager
+def _only_tensors() -> Iterator[None]:
+    """Have torch unpickle tensors alone within this block, of the example inputs too."""
+    before = os.environ.get(_TENSORS_ALONE)
+    os.environ[_TENSORS_ALONE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_TENSORS_ALONE]
+        if before is not None:
+            os.environ[_TENSORS_ALONE] = before
 
 
 def _check(archive: zipfile.ZipFile) -> None:

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from userdiff.config import DEFAULT_BATCH_SIZE, errors_of
-from userdiff.dataset.run_record import RunRecord
+from userdiff.config import errors_of
 from userdiff.dataset.scan import Track, untracked
 from userdiff.judge.network import load_network
-from userdiff.judge.pictures import Batch, dataset_batches, file_batches
+from userdiff.judge.pictures import Batch, batch_size_of, dataset_batches, file_batches
 from userdiff.judge.scores import call_function, function_of, run_network
 from userdiff.text import listed
 
@@ -82,14 +81,12 @@ def look_at_features(
     source: as `load_judge` takes it, giving [batch, d]. Raises UsageError naming --features.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = RunRecord.read(output_dir)
-    batch_size = (record.numerics if record else {}).get("batch_size", DEFAULT_BATCH_SIZE[device.type])
+    batch_size = batch_size_of(output_dir, device)
     unread: list[str] = []
     with errors_of("--features"):
         look = _loaded(source, device)
         generated, shape = _collect(dataset_batches(output_dir, batch_size, unread, track), look)
-        if shape is None:
-            raise ValueError(f"{output_dir}: none of {len(unread)} images can be read, the first is {unread[0]}")
+        assert shape is not None  # there are images, or this would have raised
         real, _ = _collect(file_batches(real_files, shape, batch_size, unread, track), look)
     users, pairs = [], []
     for user_id, features in sorted(generated.items()):
@@ -123,15 +120,14 @@ def _collect(batches: Iterable[Batch], look: Look) -> tuple[dict[int, Features],
     """Return the features of all images, user id -> features, and the shape of an image."""
     found: dict[int, tuple[list[str], list[Tensor]]] = {}
     shape = None
-    with torch.inference_mode():
-        for batch in batches:
-            vectors = look(batch)
-            for slot, picture in batch.present.items():
-                height, width, channels = picture.pixels.shape
-                shape = height, width, channels
-                names, of_user = found.setdefault(picture.user_id, ([], []))
-                names.append(picture.name)
-                of_user.append(vectors[slot])
+    for batch in batches:
+        vectors = look(batch)
+        for slot, picture in batch.present.items():
+            height, width, channels = picture.pixels.shape
+            shape = height, width, channels
+            names, of_user = found.setdefault(picture.user_id, ([], []))
+            names.append(picture.name)
+            of_user.append(vectors[slot])
     return {user_id: _thinned(names, torch.stack(vectors)) for user_id, (names, vectors) in found.items()}, shape
 
 

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from userdiff.config import DEFAULT_BATCH_SIZE
 from userdiff.dataset.png import open_image
 from userdiff.dataset.rows import Row
+from userdiff.dataset.run_record import RunRecord
 from userdiff.dataset.scan import Track, listed_rows, read_all
 from userdiff.seeds import slots
 
@@ -55,15 +57,24 @@ class Batch(NamedTuple):
         return torch.from_numpy(np.stack([picture.pixels if picture else black for picture in self.slots])).to(device)
 
 
+def batch_size_of(output_dir: Path, device: torch.device) -> int:
+    """Return the batch size that a dataset began with; where no record tells, the default of this kind of device."""
+    record = RunRecord.read(output_dir)
+    batch_size: int = (record.numerics if record else {}).get("batch_size", DEFAULT_BATCH_SIZE[device.type])
+    return batch_size
+
+
 def dataset_batches(output_dir: Path, batch_size: int, unread: list[str], track: Track) -> Iterator[Batch]:
     """Yield all images of a dataset's manifest in batches, each in the slot that it was generated in.
 
     So a network's last bits are those of a job. Names of images that cannot be read, or are of another size than the first,
-    are added to `unread`. Raises ValueError where there is no image.
+    are added to `unread`. Raises ValueError where there are no others.
     """
     rows = listed_rows(output_dir)
     read = track(read_all(partial(_read_row, output_dir), rows), len(rows))
     yield from _batches(read, batch_size, unread)
+    if len(unread) == len(rows):
+        raise ValueError(f"{output_dir}: none of {len(rows)} images can be read, the first is {unread[0]}")
 
 
 def file_batches(
@@ -95,7 +106,7 @@ def _read_file(numbered: tuple[int, tuple[int, Path]], shape: Shape) -> Picture 
             if image.size != (width, height):
                 image = image.resize((width, height), Image.Resampling.BICUBIC)  # noqa: PLW2901
             pixels = np.asarray(image)
-    except Exception:
+    except Exception:  # as above
         return str(path)
     return Picture(str(path), user_id, number, pixels.reshape(shape))
 

@@ -25,9 +25,7 @@ _MAX_SHOWN = 100  # users in a table
 _MAX_CLASSES = 24  # of a matrix that fits a terminal
 
 
-def report(
-    ratings: Ratings, classes: Mapping[int, int], conditions: Sequence[Condition], num_images: int
-) -> dict[str, Any]:
+def report(ratings: Ratings, classes: Mapping[int, int], num_images: int) -> dict[str, Any]:
     """Return all figures as JSON takes them.
 
     num_images: how many accepted images of each user are wanted. `candidates` is how many have to be made for that, on
@@ -50,7 +48,7 @@ def report(
                     name: {f"{q:g}": _finite(_quantile(table[:, at], q)) for q in QUANTILES}
                     for at, name in enumerate(ratings.names)
                 },
-                "accepted": _passing(ratings.names, table, conditions, num_images),
+                "accepted": _passing(ratings.names, table, ratings.conditions, num_images),
                 "thresholds": {
                     name: [
                         {
@@ -67,7 +65,7 @@ def report(
         "num_images": len(ratings.table),
         "unread": ratings.unread,
         "scores": list(ratings.names),
-        "accept": [str(condition) for condition in conditions],
+        "accept": [str(condition) for condition in ratings.conditions],
         "num_images_per_user": num_images,
         "users": users,
     }
@@ -205,7 +203,7 @@ def check_plot() -> None:
         raise ValueError("--plot: matplotlib is not installed, needed: pip install 'userdiff[plot]'")
 
 
-def plot(path: Path, ratings: Ratings, conditions: Sequence[Condition]) -> None:
+def plot(path: Path, ratings: Ratings) -> None:
     """Write a picture of the scores: a row of axes for each, a box for each user."""
     from matplotlib.figure import Figure
 
@@ -220,7 +218,7 @@ def plot(path: Path, ratings: Ratings, conditions: Sequence[Condition]) -> None:
             flierprops={"marker": ".", "markersize": 3},
         )
         axis.set_ylabel(name)
-        for condition in conditions:
+        for condition in ratings.conditions:
             if condition.score == name:
                 axis.axhline(condition.bound, color="tab:red", linewidth=1, label=str(condition))
                 axis.legend(loc="lower right")

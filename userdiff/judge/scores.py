@@ -1,6 +1,5 @@
 """What a judge says of images: named scores of each, from a network's logits or from a function of the user's own."""
 
-import hashlib
 import importlib.util
 import re
 import traceback
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from userdiff.judge.network import NEEDED, load_network
+from userdiff.judge.network import NEEDED, Network, load_network
 
 CONFIDENCE, MARGIN = "confidence", "margin"
 NO_CLASS = -1
@@ -36,20 +35,8 @@ class Scores:
     """[batch] the most probable class, NO_CLASS where the logits are not finite; None where the judge names no classes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Judge:
-    """A judge, loaded; called with uint8 images, [batch, height, width, channels], and the user id of each."""
-
-    source: str
-    """The file as the user named it."""
-    sha256: str
-    """Of the file."""
-    judge: Callable[[Tensor, Sequence[int]], Scores]
-
-    def __call__(self, images: Tensor, user_ids: Sequence[int]) -> Scores:
-        """Return the scores of a batch; raises ValueError where the judge fails on it."""
-        with torch.inference_mode():
-            return self.judge(images, user_ids)
+Judge = Callable[[Tensor, Sequence[int]], Scores]
+"""Returns the scores of uint8 images, [batch, height, width, channels], of these users; raises ValueError where it fails."""
 
 
 def load_judge(source: str, device: torch.device, classes: Mapping[int, int]) -> Judge:
@@ -57,12 +44,10 @@ def load_judge(source: str, device: torch.device, classes: Mapping[int, int]) ->
 
     source: a file that `load_network` takes, whose output is logits, or `file.py:function`. classes: user id -> class.
     """
-    path = Path(source.rpartition(":")[0] if is_function(source) else source)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     function = function_of(source)
     if function is not None:
-        return Judge(source=source, sha256=sha256, judge=_of_function(function, source))
-    return Judge(source=source, sha256=sha256, judge=_of_logits(load_network(path, device), source, classes))
+        return _of_function(function, source)
+    return _of_logits(load_network(Path(source), device), source, classes)
 
 
 def is_function(source: str) -> bool:
@@ -81,14 +66,14 @@ def function_of(source: str) -> Function | None:
         return None
     file, _, name = source.rpartition(":")
     path = Path(file)
+    with path.open("rb"):  # says at once what the system has against it
+        pass
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None  # the name ends in .py
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except FileNotFoundError:
-        raise
     except Exception as error:
         raise ValueError(_where(path, error)) from error
     function: Function | None = getattr(module, name, None)
@@ -97,6 +82,7 @@ def function_of(source: str) -> Function | None:
     return function
 
 
+@torch.inference_mode()
 def call_function(function: Function, source: str, images: Tensor, user_ids: Sequence[int]) -> Any:
     """Return what a function of the user's own returns; raises ValueError with the line of the file that fails."""
     try:
@@ -112,7 +98,7 @@ def _where(path: Path, error: BaseException) -> str:
     return f"{path}{line}: {type(error).__name__}: {error}"
 
 
-def _of_function(function: Function, source: str) -> Callable[[Tensor, Sequence[int]], Scores]:
+def _of_function(function: Function, source: str) -> Judge:
     """Make a judge of a function of the user's own."""
 
     def judge(images: Tensor, user_ids: Sequence[int]) -> Scores:
@@ -138,9 +124,7 @@ def _of_function(function: Function, source: str) -> Callable[[Tensor, Sequence[
     return judge
 
 
-def _of_logits(
-    network: Callable[[Tensor], Tensor], source: str, classes: Mapping[int, int]
-) -> Callable[[Tensor, Sequence[int]], Scores]:
+def _of_logits(network: Network, source: str, classes: Mapping[int, int]) -> Judge:
     """Make a judge of a network: the probability of the user's own class, and that minus the best other."""
 
     def judge(images: Tensor, user_ids: Sequence[int]) -> Scores:
@@ -162,7 +146,8 @@ def _of_logits(
     return judge
 
 
-def run_network(network: Callable[[Tensor], Tensor], images: Tensor, source: str) -> Tensor:
+@torch.inference_mode()
+def run_network(network: Network, images: Tensor, source: str) -> Tensor:
     """Return a network's output for uint8 images [batch, height, width, channels]: [batch, columns].
 
     It sees the pixels of the PNG in [0, 1], as `ToTensor` gives them, in float32 whatever the job's precision. Raises
