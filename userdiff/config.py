@@ -112,6 +112,24 @@ class GuidanceFlags:
     start: float = 0.0
     stop: float = 1.0
 
+    def check(self) -> None:
+        """Raise ValueError naming the flag for values that do not go together."""
+        if self.null_condition is not None:
+            try:
+                null_condition_row(self.null_condition)
+            except ValueError as error:
+                raise ValueError(f"null_condition: {error}") from error
+        elif self.scale != 1:
+            raise ValueError(
+                f"null_condition: missing with --guidance_scale {self.scale:g}, needed: zeros or row:R, whichever the model was "
+                "trained with; another gives plausible images that are wrong"
+            )
+        if self.start >= self.stop:
+            raise ValueError(
+                f"guidance_stop: {self.stop:g} is not after --guidance_start {self.start:g}, needed: a larger fraction of the "
+                "steps"
+            )
+
 
 NO_GUIDANCE = GuidanceFlags()
 
@@ -341,19 +359,10 @@ class JobConfig:
         self._check_output_dir()
 
     def _check_guidance(self) -> None:
-        if self.null_condition is not None:
-            with errors_of("--null_condition"):
-                null_condition_row(self.null_condition)
-        elif self.guidance_scale != 1:
-            raise UsageError(
-                f"--null_condition: missing with --guidance_scale {self.guidance_scale:g}, needed: zeros or row:R, whichever the "
-                "model was trained with; another gives plausible images that are wrong"
-            )
-        if self.guidance_start >= self.guidance_stop:
-            raise UsageError(
-                f"--guidance_stop: {self.guidance_stop:g} is not after --guidance_start {self.guidance_start:g}, needed: a larger "
-                "fraction of the steps"
-            )
+        try:
+            self.guidance.check()
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
 
     @property
     def guidance(self) -> GuidanceFlags:

@@ -116,16 +116,11 @@ def generate_samples(
 
 
 def _check_guidance(guidance: GuidanceFlags, condition_encoder: UserConditionEncoder) -> None:
+    guidance.check()
     if guidance.null_condition is not None:
         null_token(condition_encoder, guidance.null_condition)
-    elif guidance.scale != 1:
-        raise ValueError(f"null_condition: missing with guidance_scale {guidance.scale:g}, needed: 'zeros' or 'row:R'")
-    if not 0 <= guidance.scale < float("inf"):
-        raise ValueError(f"guidance_scale: {guidance.scale:g} is out of range, needed: 0 or more")
-    if not 0 <= guidance.start < guidance.stop <= 1:
-        raise ValueError(
-            f"guidance_start {guidance.start}, guidance_stop {guidance.stop}, needed: 0 <= start < stop <= 1"
-        )
+    if not (0 <= guidance.scale < float("inf") and guidance.start >= 0 and guidance.stop <= 1):
+        raise ValueError(f"{guidance} is out of range, needed: a scale from 0 on, start and stop from 0 to 1")
 
 
 def _check_rows(rows: Mapping[int, int], num_users: int) -> None:
