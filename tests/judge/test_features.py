@@ -60,6 +60,17 @@ def test_kid_is_the_unbiased_discrepancy_of_the_definition():
     assert module.kid(torch.from_numpy(real), torch.from_numpy(generated)) == pytest.approx(expected)
 
 
+def test_the_way_to_a_real_image_is_measured_by_those_between_real_ones():
+    real, generated = vectors_of(6, 9, 3), vectors_of(7, 7, 3)
+    ways = sorted(min(math.dist(a, b) for j, b in enumerate(real) if i != j) for i, a in enumerate(real))
+    nearest = sorted(min(math.dist(a, b) for b in real) for a in generated)
+    names = [[f"{kind}{i}" for i in range(number)] for kind, number in (("g", 7), ("r", 9))]
+    both = (module.Features(n, torch.from_numpy(v)) for n, v in zip(names, (generated, real), strict=True))
+    figures, pairs = module.compare(1, *both)
+    assert [way for way, *_ in pairs] == pytest.approx([way / ways[4] for way in nearest[:5]])
+    assert figures.nearest_real == pairs[0][0]
+
+
 @pytest.fixture
 def folders(tmp_path):
     """A dataset of two users, and real images: of user 1 some, one of them copied, of user 2 too few."""
